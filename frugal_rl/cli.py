@@ -1,0 +1,480 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 1 failed while running, 2 refused (bad input).
+
+With `--json` one JSON object goes to standard output and nothing else does. Heavy modules are imported by
+the command that needs them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .config import Recipe, list_recipes, load_recipe, read_recipe, toml_value
+from .console import Console, size
+from .errors import FrugalError, InputError
+
+Overrides = tuple[str, ...]
+DEFAULT_RECIPE = "tiny"
+RESUMABLE = frozenset({"train.steps", "train.eval_every", "memory.budget"})
+
+
+def main() -> None:
+    """Entry point: our errors become one line and an exit code."""
+    try:
+        cli(standalone_mode=False)
+    except InputError as error:
+        _fail(error, 2)
+    except FrugalError as error:
+        _fail(error, 1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("stopped", 130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"no space left on the disk{where}: free some and run the command again", 1)
+
+
+def _fail(error: object, code: int) -> None:
+    click.echo(f"error: {error}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="frugal-rl")
+def cli() -> None:
+    """Reinforcement learning of ALL parameters of a language model on one consumer GPU.
+
+    What is learned leaves as a small patch file that turns the base model into the trained one, bit for bit.
+    """
+
+
+def _print(value: Any, as_json: bool, text: Callable[[], str]) -> None:
+    click.echo(json.dumps(value) if as_json else text())
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--recipe, --model, --data, --seed and --set, in this order of precedence (the last wins)."""
+    for option in (
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key."),
+        click.option("--seed", type=int, help="Short for --set train.seed=N."),
+        click.option("--data", help="Short for --set data.source=...: a .jsonl file or built-in task."),
+        click.option("--model", help="Short for --set model.name=...: a folder or hub name."),
+        click.option("--recipe", metavar="NAME|FILE", help="See `frugal-rl recipes`."),
+    ):
+        command = option(command)
+    return command
+
+
+def _overrides(model: str | None, data: str | None, seed: int | None, rest: Overrides) -> list[str]:
+    short = {"model.name": model, "data.source": data, "train.seed": seed}
+    return [*(f"{k}={toml_value(v)}" for k, v in short.items() if v is not None), *rest]
+
+
+# --- train
+
+
+@cli.command()
+@recipe_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder [runs/RECIPE-N].")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run.")
+@click.option("--force", is_flag=True, help="Replace the run folder if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+def train(
+    recipe: str | None,
+    model: str | None,
+    data: str | None,
+    seed: int | None,
+    overrides: Overrides,
+    output: Path | None,
+    resume: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Train a model by RL; with no argument, the embedded one, in about a minute.
+
+    Ctrl-C ends after the current step with everything saved.
+    """
+    from .journal import Journal
+
+    changes = _overrides(model, data, seed, overrides)
+    if resume is not None:
+        if recipe is not None or output is not None or force:
+            raise InputError("--resume takes its recipe and folder from the run; leave the others out")
+        journal, config = Journal.open(resume)
+        config = _changed_on_resume(config, changes)
+    else:
+        config = load_recipe(recipe or DEFAULT_RECIPE, changes)
+        folder = output or _free_folder(Path(recipe or DEFAULT_RECIPE).stem)
+        if folder.exists() and not force:
+            Journal.create(folder, config, force=False)  # raises, before anything is loaded
+        journal = Journal(folder)
+    summary = _run(config, journal, resumed=resume is not None, force=force)
+    _print(summary, as_json, lambda: _closing(summary, journal.folder))
+
+
+def _run(config: Recipe, journal: Any, *, resumed: bool, force: bool) -> dict[str, Any]:
+    from . import train as loop
+    from .journal import Journal
+    from .patch import write_atomically
+
+    with Console(config.train.steps, f"frugal-rl · {config.model.name}") as console:
+        report = loop.Reporter(console.say, console.step)
+        with loop.open_session(config, report) as session, _interrupts(console.say) as stopped:
+            if resumed:
+                loop.resume(session, journal, report)
+                write_atomically(journal.folder / "recipe.toml", config.to_toml().encode())
+                console.say(f"{journal.folder}: going on after step {journal.step}")
+            else:
+                journal = Journal.create(journal.folder, config, force=force)
+            try:
+                return loop.train(session, journal, report, stopped)
+            except (OSError, FrugalError, KeyboardInterrupt):
+                console.say(
+                    f"{journal.folder} is complete up to step {journal.step}; "
+                    f"go on with: frugal-rl train --resume {journal.folder}"
+                )
+                raise
+
+
+def _changed_on_resume(config: Recipe, changes: Sequence[str]) -> Recipe:
+    fixed = [c for c in changes if c.partition("=")[0].strip() not in RESUMABLE]
+    if fixed:
+        raise InputError(
+            f"--resume with {fixed[0]}: a run keeps its recipe; only these can change: "
+            f"{', '.join(sorted(RESUMABLE))}"
+        )
+    return read_recipe(config.to_toml(), changes, where="the run's recipe.toml")
+
+
+def _free_folder(stem: str) -> Path:
+    number = 1
+    while (path := Path("runs") / f"{stem}-{number}").exists():
+        number += 1
+    return path
+
+
+@contextmanager
+def _interrupts(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks to stop after the step, the second stops at once."""
+    asked: list[bool] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        say("stopping after this step (Ctrl-C again: now; committed steps are safe either way)")
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _closing(summary: dict[str, Any], folder: Path) -> str:
+    """The last lines of a run."""
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    entries = summary["changed_any"]
+    each = f" ({summary['patch_bytes'] / entries:.2f} bytes per changed entry)" if entries else ""
+    share = entries / summary["parameters"]
+    more = summary["recipe_steps"] * 2 if summary["steps"] >= summary["recipe_steps"] else None
+    go_on = f"frugal-rl train --resume {folder}" + (f" --set train.steps={more}" if more else "")
+
+    def interval(score: dict[str, Any]) -> str:
+        return f"{score['value']:.1%} (95 %: {score['low']:.1%} to {score['high']:.1%})"
+
+    return "\n".join(
+        [
+            f"held-out accuracy  {interval(before)} -> {interval(after)}, {after['problems']} problems",
+            f"steps              {summary['steps']} in {summary['train_seconds']:.0f} s, "
+            f"peak memory {size(summary['peak_memory_bytes'])}",
+            f"changed entries    {entries:,} of {summary['parameters']:,} ({share:.2%}) in any bit, "
+            f"{summary['changed_1e5']:,} by more than 1e-5",
+            f"patch              {summary['patch']}, {summary['patch_bytes']:,} bytes{each}",
+            f"apply it           frugal-rl patch apply {summary['model']} {summary['patch']} -o trained",
+            f"evaluate it        frugal-rl eval --patch {summary['patch']}",
+            f"go on              {go_on}",
+        ]
+    )
+
+
+# --- eval
+
+
+@cli.command("eval")
+@recipe_options
+@click.option("--patch", type=click.Path(path_type=Path), help="Evaluate base + this patch.")
+@click.option("--samples", type=click.IntRange(1), default=1, help="Answers a problem [1].")
+@click.option("--temperature", type=click.FloatRange(0), help="[0 for one answer, 1 for more]")
+@click.option("--pass-at", "ks", multiple=True, type=click.IntRange(1), help="pass@k; repeatable.")
+@click.option("--problems", type=click.IntRange(1), help="Only the first so many held-out problems.")
+@click.option("--show", type=click.IntRange(0), default=0, help="Print so many answers.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate_command(
+    recipe: str | None,
+    model: str | None,
+    data: str | None,
+    seed: int | None,
+    overrides: Overrides,
+    patch: Path | None,
+    samples: int,
+    temperature: float | None,
+    ks: tuple[int, ...],
+    problems: int | None,
+    show: int,
+    as_json: bool,
+) -> None:
+    """Accuracy or pass@k on the held-out problems, of a base with or without a patch.
+
+    A patch brings the recipe it was trained with; --recipe replaces it.
+    """
+    from . import train as loop
+    from .evaluate import evaluate
+    from .patch import Patch
+
+    if any(k > samples for k in ks):
+        raise InputError(f"--pass-at {max(ks)} needs --samples of at least {max(ks)}, got {samples}")
+    loaded = Patch.load(patch) if patch is not None else None
+    changes = _overrides(model, data, seed, overrides)
+    if recipe is None and loaded is not None and "recipe" in loaded.meta:
+        config = read_recipe(loaded.meta["recipe"], changes, where=str(patch))
+    else:
+        config = load_recipe(recipe or DEFAULT_RECIPE, changes)
+    report = loop.Reporter(lambda text: click.echo(text, err=True), lambda row: None)
+    with loop.open_session(config, report) as session:
+        if loaded is not None:
+            session.policy.weights.write_patch_(loaded)
+        result = evaluate(
+            session.policy,
+            session.engine,
+            session.verifier,
+            session.problems.heldout[:problems],
+            max_tokens=config.rollout.max_tokens,
+            samples=samples,
+            temperature=temperature if temperature is not None else float(samples > 1),
+            ks=ks,
+            seed=config.train.seed,
+        )
+    for answer in result.answers[:show]:
+        verdict = f"[{answer.judgement.verdict.value}; answer: {answer.problem.answer}]"
+        click.echo(f"{answer.problem.prompt}{answer.response}\n{verdict}\n", err=True)
+    value = {
+        "model": config.model.name,
+        "patch": str(patch) if patch is not None else None,
+        "accuracy": asdict(result.score),
+        "pass_at": {str(k): asdict(score) for k, score in result.passes.items()},
+        "samples": samples,
+        "verdicts": result.verdicts,
+        "response_tokens": result.response_tokens,
+        "truncated": result.truncated,
+    }
+
+    def text() -> str:
+        lines = [f"accuracy   {result.score}"]
+        lines += [f"pass@{k:<6} {score}" for k, score in result.passes.items()]
+        verdicts = ", ".join(f"{name} {count}" for name, count in sorted(result.verdicts.items()))
+        length = f"{result.response_tokens:.1f} tokens, {result.truncated:.1%} truncated"
+        return "\n".join([*lines, f"verdicts   {verdicts}", f"responses  {length}"])
+
+    _print(value, as_json, text)
+
+
+# --- patch
+
+
+@cli.group()
+def patch() -> None:
+    """Make, apply, take off, check and join patches. BASE is a folder, an embedded or a hub model."""
+
+
+def _folder(name: str) -> Path:
+    from .models import find_model
+
+    path = Path(name)
+    return path if path.is_dir() else find_model(name).folder
+
+
+def _target(output: Path | None, in_place: bool) -> None:
+    if (output is None) != in_place:
+        raise InputError("say where the result goes: either -o FOLDER or --in-place")
+
+
+@patch.command()
+@click.argument("base")
+@click.argument("trained", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The patch file.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+def diff(base: str, trained: Path, output: Path, force: bool) -> None:
+    """Write the patch that turns BASE into TRAINED."""
+    from . import checkpoint
+
+    _refuse_existing(output, force)
+    made = checkpoint.diff(_folder(base), trained, name=base)
+    written = made.save(output)
+    each = f", {written / made.entries:.2f} bytes each" if made.entries else ""
+    click.echo(f"{output}: {made.entries:,} entries of {len(made.tensors)} tensors, {written:,} bytes{each}")
+
+
+@patch.command("apply")
+@click.argument("base")
+@click.argument("file", type=click.Path(path_type=Path), metavar="PATCH")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--in-place", is_flag=True, help="Rewrite the touched bytes of BASE itself (crash-safe).")
+@click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
+def apply_command(base: str, file: Path, output: Path | None, in_place: bool, force: bool) -> None:
+    """Write BASE with PATCH, bit for bit the trained model."""
+    from . import checkpoint
+
+    _target(output, in_place)
+    if in_place:
+        done = checkpoint.apply_in_place(Path(base), file)
+    else:
+        assert output is not None
+        done = checkpoint.apply(_folder(base), file, output, force=force)
+    click.echo(f"{output or base}: {done.entries:,} entries of {done.tensors} tensors changed, verified")
+
+
+@patch.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path), metavar="PATCH")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--in-place", is_flag=True, help="Rewrite the touched bytes of FOLDER itself (crash-safe).")
+@click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
+def revert(folder: Path, file: Path, output: Path | None, in_place: bool, force: bool) -> None:
+    """Take PATCH off FOLDER: the base again, byte for byte."""
+    from . import checkpoint
+
+    _target(output, in_place)
+    if in_place:
+        done = checkpoint.revert_in_place(folder, file)
+    else:
+        assert output is not None
+        done = checkpoint.revert(folder, file, output, force=force)
+    click.echo(f"{output or folder}: {done.entries:,} entries of {done.tensors} tensors restored, verified")
+
+
+@patch.command()
+@click.argument("folder")
+@click.argument("file", type=click.Path(path_type=Path), metavar="PATCH")
+@click.option("--full", is_flag=True, help="Compare every tensor, not the touched entries alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(folder: str, file: Path, full: bool, as_json: bool) -> None:
+    """Say whether FOLDER is PATCH's base or has it applied. Exit code 2 if it is neither."""
+    from . import checkpoint
+
+    found = checkpoint.verify(_folder(folder), file, full=full)
+    meaning = {"base": "is the base of this patch", "applied": "has this patch applied"}[found.state]
+    how = "every tensor compared" if full else "touched entries compared"
+    _print(
+        {**asdict(found), "folder": folder, "patch": str(file)},
+        as_json,
+        lambda: f"{folder} {meaning}: {found.entries:,} entries of {found.tensors} tensors, {how}",
+    )
+
+
+@patch.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="PATCH")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def show(file: Path, as_json: bool) -> None:
+    """Print what PATCH says of itself (its header alone is read)."""
+    from .patch import Patch
+
+    header = Patch.header(file)
+
+    def text() -> str:
+        each = f", {header.file_bytes / header.entries:.2f} each" if header.entries else ""
+        lines = [
+            f"format       {header.format}",
+            f"base         {header.base_name} (fingerprint {header.base_fingerprint or 'unknown'})",
+            f"entries      {header.entries:,} in {len(header.tensors)} tensors",
+            f"bytes        {header.file_bytes:,}{each}",
+        ]
+        lines += [f"{k:<12} {json.dumps(v)}" for k, v in header.meta.get("metrics", {}).items()]
+        rows = sorted(header.tensors.items(), key=lambda item: -item[1].entries)
+        lines += [f"  {t.entries:>12,}  {t.dtype} {list(t.shape)}  {name}" for name, t in rows]
+        return "\n".join(lines)
+
+    value = {**asdict(header), "entries": header.entries}
+    _print(value, as_json, text)
+
+
+@patch.command()
+@click.argument("base")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATCH...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The patch file.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+def merge(base: str, files: tuple[Path, ...], output: Path, force: bool) -> None:
+    """Join patches, each made on top of the one before, into one for BASE."""
+    from . import checkpoint
+
+    _refuse_existing(output, force)
+    made = checkpoint.merge(_folder(base), files)
+    click.echo(
+        f"{output}: {made.entries:,} entries of {len(made.tensors)} tensors, {made.save(output):,} bytes"
+    )
+
+
+def _refuse_existing(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise InputError(f"{output} exists: choose another name, or --force to replace it")
+
+
+# --- recipes, doctor
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def recipes(name: str | None, as_json: bool) -> None:
+    """List the recipes, or show one in full, every default written out."""
+    if name is None:
+        known = list_recipes()
+        blocks = [f"{key}\n" + "\n".join(f"    {x}" for x in v.splitlines()) for key, v in known.items()]
+        _print(known, as_json, lambda: "\n\n".join(blocks))
+        return
+    recipe = load_recipe(name)
+    header = list_recipes().get(name, "")
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
+    _print(asdict(recipe), as_json, lambda: f"{comment}\n{recipe.to_toml()}".strip())
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Print what a bug report needs: versions, devices, memory, extras."""
+    from .doctor import examine
+
+    found = examine()
+
+    def text() -> str:
+        lines = []
+        for key, value in found.items():
+            if isinstance(value, dict):
+                lines += [f"{key}:"] + [f"  {k:<22} {_plain(v)}" for k, v in value.items()]
+            elif isinstance(value, list):
+                lines += [f"{key}:"] + [f"  {_plain(v)}" for v in value or ["none"]]
+            else:
+                shown = size(value) if key.endswith("_bytes") else _plain(value)
+                lines.append(f"{key:<24} {shown}")
+        return "\n".join(lines)
+
+    _print(found, as_json, text)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {size(v) if k.endswith('_bytes') else _plain(v)}" for k, v in value.items())
+    return "not installed" if value is None else str(value)

@@ -1,0 +1,356 @@
+"""A transformers causal LM seen as embed -> layers -> norm -> head, its weights borrowed layer by layer.
+
+The modules are transformers' own, built without memory (meta device). A layer gets its parameters
+from `Weights` only while it runs (`Decoder.layer`), as views where the storage format is the compute
+format and otherwise in one scratch that all layers share; outside, touching it is an error, so a
+stale weight cannot be read. The arguments that layers need besides the hidden state (rotary
+embeddings, masks) are caught from the model's own forward, run once with every layer replaced by a
+catcher; so nothing about an architecture is written down here but its shape.
+
+The head never sees a whole batch of logits. With V the vocabulary, z = h W^T / temperature,
+
+    logprob_t = z[t, y_t] - logsumexp_v z[t, v]
+    dL/dz[t, v] = g_t (1[v = y_t] - softmax(z_t)[v]),   g_t = dL/dlogprob_t
+
+are computed block of rows of W by block, twice: once for the log-probabilities (running maximum and
+sum), and, when g is known, once more for dL/dh and for dL/dW, which leaves block by block.
+
+Sampler and learner share this file and one attention function: what they compute differs only in the
+order of sums. Source: online softmax, arXiv 1805.02867.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .weights import Weights
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+ATTENTION = "frugal_rl"
+HEAD_BLOCK_BYTES = 32 << 20  # one block of the head's rows, and one block of logits, in the compute format
+RESIDENT_BYTES = 64 << 20  # copies of all layers in the compute format may stay while sampling, up to this
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    slot_mask: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention over a right-padded batch, or one query a slot over that slot's cache entries.
+
+    Shapes: query [B, H, T, D], key and value [B, K, C, D]; `slot_mask` bool [B, 1, 1, C], True where
+    an entry is live (then T is 1). Heads share keys by groups of H / K. Returns [B, T, H, D].
+    """
+    group = query.shape[1] // key.shape[1]
+    if slot_mask is None:
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=group > 1
+        )
+        return out.transpose(1, 2), None
+    grouped = query.view(query.shape[0], key.shape[1], group, query.shape[3])
+    out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=slot_mask, scale=scaling)
+    return out.reshape(query.shape).transpose(1, 2), None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter of a layer: where it lives in the module and its name in the checkpoint."""
+
+    module: nn.Module
+    attribute: str
+    name: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What is there now."""
+        parameter = self.module._parameters[self.attribute]
+        assert parameter is not None
+        return parameter
+
+
+class Decoder:
+    """embed, layers, norm and head of one causal LM over `weights`.
+
+    Raises InputError for an architecture that is not in SUPPORTED, by name.
+    """
+
+    def __init__(self, config: Any, weights: Weights) -> None:
+        check_supported(config)
+        self.config = config
+        self.weights = weights
+        self.device, self.dtype = weights.device, weights.compute_dtype
+        model = build_skeleton(config)
+        self.model = model.model
+        # rotary tables are computed, not stored: they need real memory
+        rotary = type(self.model.rotary_emb)
+        self.model.rotary_emb = rotary(config=config).to(self.device)
+        self.layers = list(self.model.layers)
+        self.embed_name = "model.embed_tokens.weight"
+        self.tied = "lm_head.weight" not in weights.tensors
+        self.head_name = self.embed_name if self.tied else "lm_head.weight"
+        self.norm_name = "model.norm.weight"
+        self.targets = [_targets(layer, f"model.layers.{i}.") for i, layer in enumerate(self.layers)]
+        self._check_names()
+        self._scratch: dict[str, Tensor] = {}
+        self._resident: list[list[nn.Parameter]] | None = None
+        self.max_tokens = _longest(config)
+
+    def _check_names(self) -> None:
+        expected = {t.name for targets in self.targets for t in targets}
+        expected |= {self.embed_name, self.head_name, self.norm_name}
+        if expected != set(self.weights.tensors):
+            missing = sorted(expected - set(self.weights.tensors))[:3]
+            extra = sorted(set(self.weights.tensors) - expected)[:3]
+            raise InputError(
+                f"the checkpoint does not match its config ({self.config.model_type}): "
+                f"missing {missing or 'nothing'}, unexpected {extra or 'nothing'}"
+            )
+
+    # --- layers
+
+    @contextmanager
+    def layer(self, index: int, *, learn: bool = False) -> Iterator[nn.Module]:
+        """Layer `index` with its weights in place, until the block ends; `learn` makes them leaves."""
+        module, targets = self.layers[index], self.targets[index]
+        if self._resident is not None and not learn:
+            parameters = self._resident[index]
+        else:
+            parameters = [nn.Parameter(self._load(t.name, index), learn) for t in targets]
+        meta = [t.parameter for t in targets]
+        for target, parameter in zip(targets, parameters, strict=True):
+            target.module._parameters[target.attribute] = parameter
+        try:
+            yield module
+        finally:
+            for target, empty in zip(targets, meta, strict=True):
+                target.module._parameters[target.attribute] = empty
+
+    def _load(self, name: str, index: int) -> Tensor:
+        stored = self.weights.tensors[name]
+        if stored.dtype == self.dtype:
+            return stored
+        part = name.removeprefix(f"model.layers.{index}.")
+        if part not in self._scratch or self._scratch[part].numel() < stored.numel():
+            self._scratch[part] = torch.empty(stored.numel(), dtype=self.dtype, device=self.device)
+        return self.weights.load(name, self._scratch[part])
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """While sampling: keep layers in the compute format if that costs little or nothing.
+
+        The weights must not change inside.
+        """
+        stored = [self.weights.tensors[t.name] for targets in self.targets for t in targets]
+        copies = sum(t.numel() * self.dtype.itemsize for t in stored if t.dtype != self.dtype)
+        if copies <= RESIDENT_BYTES:
+            self._resident = [
+                [nn.Parameter(self.weights.load(t.name), requires_grad=False) for t in targets]
+                for targets in self.targets
+            ]
+        try:
+            yield
+        finally:
+            self._resident = None
+
+    def arguments(self, like: Tensor, position_BT: Tensor | None = None) -> list[dict[str, Any]]:
+        """What each layer is called with besides the hidden state `like` [B, T, D]."""
+        caught: list[dict[str, Any]] = []
+
+        def catch(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args or hidden is not like:
+                raise InputError(
+                    f"{self.config.model_type} is not embed -> layers -> norm -> head: "
+                    "its layers do not get the embedding as it is"
+                )
+            caught.append(kwargs)
+            return hidden
+
+        layers, norm = self.model.layers, self.model.norm
+        try:
+            self.model.layers = _Catchers(len(layers), catch)
+            self.model.norm = nn.Identity()
+            self.model(inputs_embeds=like, position_ids=position_BT, use_cache=False)
+        finally:
+            self.model.layers, self.model.norm = layers, norm
+        return caught
+
+    def embed(self, token_BT: Tensor) -> Tensor:
+        """Hidden state [B, T, D] before the first layer."""
+        return self.weights.lookup(self.embed_name, token_BT)
+
+    @contextmanager
+    def norm(self, *, learn: bool = False) -> Iterator[nn.Module]:
+        """The norm before the head, with its weight in place."""
+        module = self.model.norm
+        empty = module._parameters["weight"]
+        parameter = nn.Parameter(self.weights.load(self.norm_name), requires_grad=learn)
+        module._parameters["weight"] = parameter
+        try:
+            yield module
+        finally:
+            module._parameters["weight"] = empty
+
+    # --- head
+
+    def head_blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of the head's rows, each small enough to be held in the compute format."""
+        rows, width = self.weights.tensors[self.head_name].shape
+        step = max(1, HEAD_BLOCK_BYTES // (width * self.dtype.itemsize))
+        for start in range(0, rows, step):
+            yield start, min(start + step, rows)
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """Logits [B, V] in float32, for sampling: a token a sequence."""
+        if self.weights.tensors[self.head_name].dtype == self.dtype:
+            return (hidden_BD @ self.weights.load(self.head_name).T).float()
+        blocks = [hidden_BD @ self.weights.rows(self.head_name, a, b).T for a, b in self.head_blocks()]
+        return torch.cat(blocks, dim=1).float() if len(blocks) > 1 else blocks[0].float()
+
+    def log_probs(self, normed_ND: Tensor, target_N: Tensor, temperature: float) -> HeadState:
+        """Log-probabilities of the targets under softmax(logits / temperature), and their entropies.
+
+        Shapes: normed_ND after the norm, target_N token ids. The logits live a block at a time.
+        """
+        count = len(target_N)
+        new = lambda value: torch.full((count,), value, device=self.device)  # noqa: E731
+        peak_N, total_N, dot_N, picked_N = new(float("-inf")), new(0.0), new(0.0), new(0.0)
+        for start, stop in self.head_blocks():
+            weight_RD = self.weights.rows(self.head_name, start, stop)
+            for part in self._token_chunks(count, stop - start):
+                logit_NR = (normed_ND[part] @ weight_RD.T).float().div_(temperature)
+                local_N = target_N[part] - start
+                inside_N = (local_N >= 0) & (local_N < stop - start)
+                value_N = logit_NR.gather(1, local_N.clamp(0, stop - start - 1)[:, None])[:, 0]
+                picked_N[part] = torch.where(inside_N, value_N, picked_N[part])
+                new_peak_N = torch.maximum(peak_N[part], logit_NR.max(dim=1).values)
+                decay_N = torch.exp(peak_N[part] - new_peak_N)
+                weight_NR = torch.exp(logit_NR - new_peak_N[:, None])
+                total_N[part] = total_N[part] * decay_N + weight_NR.sum(1)
+                dot_N[part] = dot_N[part] * decay_N + weight_NR.mul_(logit_NR).sum(1)
+                peak_N[part] = new_peak_N
+        normaliser_N = peak_N + total_N.log()
+        return HeadState(
+            logprob_N=picked_N - normaliser_N,
+            entropy_N=normaliser_N - dot_N / total_N,
+            normaliser_N=normaliser_N,
+        )
+
+    def head_gradients(
+        self,
+        normed_ND: Tensor,
+        target_N: Tensor,
+        normaliser_N: Tensor,
+        gradient_N: Tensor,
+        temperature: float,
+        take: Callable[[int, Tensor], None],
+    ) -> Tensor:
+        """dL/dnormed [N, D]; calls `take(first_row, gradient_RD)` with dL/dW, block by block.
+
+        `normaliser_N` is log_probs' and `gradient_N` is dL/dlogprob.
+        """
+        out_ND = torch.zeros_like(normed_ND, dtype=torch.float32)
+        for start, stop in self.head_blocks():
+            weight_RD = self.weights.rows(self.head_name, start, stop)
+            block_RD = torch.zeros(weight_RD.shape, dtype=torch.float32, device=self.device)
+            for part in self._token_chunks(len(target_N), stop - start):
+                logit_NR = (normed_ND[part] @ weight_RD.T).float().div_(temperature)
+                logit_NR.sub_(normaliser_N[part][:, None]).exp_()
+                slope_NR = logit_NR.mul_(-gradient_N[part][:, None])
+                local_N = target_N[part] - start
+                row_M = torch.nonzero((local_N >= 0) & (local_N < stop - start)).view(-1)
+                slope_NR[row_M, local_N[row_M]] += gradient_N[part][row_M]
+                slope_NR = slope_NR.div_(temperature).to(self.dtype)
+                _add_product_(out_ND[part], slope_NR, weight_RD)
+                _add_product_(block_RD, slope_NR.T, normed_ND[part])
+            take(start, block_RD)
+        return out_ND.to(normed_ND.dtype)
+
+    def _token_chunks(self, count: int, rows: int) -> Iterator[slice]:
+        step = max(1, HEAD_BLOCK_BYTES // (rows * 4))
+        return (slice(a, min(a + step, count)) for a in range(0, count, step))
+
+
+@dataclass(frozen=True)
+class HeadState:
+    """What the head knows of each target: nats, nats, and the log of the softmax's denominator."""
+
+    logprob_N: Tensor
+    entropy_N: Tensor
+    normaliser_N: Tensor
+
+
+class _Catchers(nn.Module):
+    """Stands in for the layer list: every layer is the catcher."""
+
+    def __init__(self, count: int, catch: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.count, self.catch = count, catch
+
+    def __getitem__(self, index: slice) -> list[Callable[..., Tensor]]:
+        return [self.catch] * len(range(self.count)[index])
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        return iter([self.catch] * self.count)
+
+
+def check_supported(config: Any) -> None:
+    """Raises InputError, naming the architecture, if its shape is not one that is trained here."""
+    if config.model_type not in SUPPORTED:
+        raise InputError(
+            f"the architecture {config.model_type!r} is not supported; supported are: " + ", ".join(SUPPORTED)
+        )
+
+
+def build_skeleton(config: Any) -> Any:
+    """The transformers model of a config, without memory for its weights."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(ATTENTION, attention)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    return model.eval()
+
+
+def parameter_names(config: Any) -> frozenset[str]:
+    """Names of the tensors that `config`'s model has, a tied head counted once."""
+    names = {name for name, _ in build_skeleton(config).named_parameters(remove_duplicate=False)}
+    return frozenset(names - {"lm_head.weight"} if config.tie_word_embeddings else names)
+
+
+def _targets(layer: nn.Module, prefix: str) -> list[Target]:
+    return [
+        Target(module, attribute, prefix + (f"{path}.{attribute}" if path else attribute))
+        for path, module in layer.named_modules()
+        for attribute in module._parameters
+        if module._parameters[attribute] is not None
+    ]
+
+
+def _longest(config: Any) -> int:
+    """Longest sequence the model can see whole: its positions, or a sliding window that is in use."""
+    limit = int(config.max_position_embeddings)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else window is not None
+    return min(limit, int(window)) if slides and window else limit
+
+
+def _add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out += left @ right, accumulated in float32. In place."""
+    if left.dtype == torch.float32:
+        out.addmm_(left, right)
+    else:
+        out += left @ right

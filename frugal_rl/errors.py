@@ -1,0 +1,11 @@
+"""The two kinds of failure that a person is told about without a traceback."""
+
+from __future__ import annotations
+
+
+class FrugalError(Exception):
+    """Something failed while running (exit code 1)."""
+
+
+class InputError(FrugalError):
+    """What was asked for cannot be done: bad input, refused before any work is lost (exit code 2)."""

@@ -1,0 +1,1 @@
+"""Generators: sources of rollouts. All answer `Request`s with `Rollout`s."""

@@ -1,0 +1,123 @@
+"""The run folder: what a run leaves, written so that a crash at any instant costs no committed step.
+
+    recipe.toml         the resolved recipe
+    journal/00000001.safetensors ...   one small patch a step, written once, each naming the hash of
+                        the one before; base + all of them is the policy
+    metrics.jsonl       a line a step
+    summary.json, patch.safetensors    at the end of every session
+
+Law: all state of a run is (recipe, base, journal). Random numbers are functions of the seed and of
+counters, and the counters are in the journal, so a resumed run goes on as if it had never stopped.
+A step counts as done when its file has its name; metrics may lag behind by the step that was cut off
+and are cut back to the journal on resume.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from .config import Recipe, load_recipe
+from .errors import InputError
+from .patch import Patch, PatchError, write_atomically
+
+
+@dataclass
+class Journal:
+    """An open run folder. `step`, `drawn` and `tip` follow the last committed step."""
+
+    folder: Path
+    step: int = 0
+    drawn: int = 0  # problems drawn so far, the data's only state
+    tip: str = ""  # hash of the last step's file
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what a person should be told
+
+    @classmethod
+    def create(cls, folder: Path, recipe: Recipe, *, force: bool) -> Journal:
+        """A new run. Raises InputError if the folder exists and `force` is not given."""
+        if folder.exists():
+            if not force:
+                raise InputError(
+                    f"{folder} exists: choose another with -o, go on with --resume {folder}, "
+                    "or replace it with --force"
+                )
+            if not (folder / "recipe.toml").exists():
+                raise InputError(f"{folder} exists and is not a run: it is not replaced")
+            shutil.rmtree(folder)
+        (folder / "journal").mkdir(parents=True)
+        write_atomically(folder / "recipe.toml", recipe.to_toml().encode())
+        (folder / "metrics.jsonl").touch()
+        return cls(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> tuple[Journal, Recipe]:
+        """An existing run, nothing replayed yet. Raises InputError."""
+        if not (folder / "recipe.toml").exists():
+            raise InputError(f"{folder} is not a run folder: it has no recipe.toml")
+        return cls(folder), load_recipe(str(folder / "recipe.toml"))
+
+    def path(self, step: int) -> Path:
+        return self.folder / "journal" / f"{step:08d}.safetensors"
+
+    def replay(self, last: int | None = None) -> Iterator[Patch]:
+        """The committed steps in order (up to step `last`); advances the counters.
+
+        A damaged last file is set aside, and `notes` says so; damage before it raises PatchError,
+        since the steps behind it cannot be trusted.
+        """
+        paths = sorted((self.folder / "journal").glob("[0-9]*.safetensors"))
+        for number, path in enumerate(paths[:last], start=1):
+            try:
+                data = path.read_bytes()
+                patch = Patch.decode(data, str(path))
+                if (patch.meta.get("step"), patch.meta.get("previous")) != (number, self.tip):
+                    raise PatchError(f"{path} does not follow the step before it")
+            except PatchError as error:
+                if path != paths[-1]:
+                    raise
+                aside = path.with_suffix(".damaged")
+                os.replace(path, aside)
+                self.notes.append(f"set aside {aside}: {error}")
+                return
+            self._advance(patch, data)
+            yield patch
+
+    def _advance(self, patch: Patch, data: bytes) -> None:
+        self.step, self.drawn = int(patch.meta["step"]), int(patch.meta["drawn"])
+        self.tip = blake2b(data, digest_size=16).hexdigest()
+
+    def commit(self, patch: Patch, drawn: int, metrics: Mapping[str, Any]) -> int:
+        """Make a step durable. Returns the bytes of its file."""
+        meta = {"step": self.step + 1, "drawn": drawn, "previous": self.tip}
+        patch = Patch(patch.tensors, patch.base, {**patch.meta, **meta})
+        data = patch.encode()
+        write_atomically(self.path(self.step + 1), data)
+        self._advance(patch, data)
+        self.metrics.append(dict(metrics))
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        return len(data)
+
+    def load_metrics(self) -> None:
+        """Read the metrics of the steps replayed, and cut the file back to them."""
+        self.metrics = []
+        for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the line that was being written when the run was cut off
+                break
+            if row.get("step", self.step + 1) > self.step:
+                break
+            self.metrics.append(row)
+        text = "".join(json.dumps(row) + "\n" for row in self.metrics)
+        write_atomically(self.folder / "metrics.jsonl", text.encode())
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        write_atomically(self.folder / name, (json.dumps(value, indent=2) + "\n").encode())

@@ -1,0 +1,44 @@
+"""A policy ready to be sampled, scored and trained: decoder, tokenizer and stop tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .decoder import Decoder, check_supported, parameter_names
+from .models import ModelFiles, load_config, stop_ids
+from .weights import Weights
+
+
+@dataclass(frozen=True)
+class Policy:
+    files: ModelFiles
+    decoder: Decoder
+    tokenizer: Any
+    stop_ids: frozenset[int]
+
+    @property
+    def weights(self) -> Weights:
+        return self.decoder.weights
+
+    def text(self, response_ids: Any) -> str:
+        """A response as a verifier and a person see it: without the stop token that ends it."""
+        ids = [int(i) for i in response_ids]
+        if ids and ids[-1] in self.stop_ids:
+            ids.pop()
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def best_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_policy(files: ModelFiles, tokenizer: Any, device: torch.device) -> Policy:
+    """Read the weights onto the device. Raises InputError for what is not supported, by name."""
+    config = load_config(files)
+    check_supported(config)
+    weights = Weights.from_checkpoint(files.folder, device, name=files.name, names=parameter_names(config))
+    return Policy(files, Decoder(config, weights), tokenizer, stop_ids(files, tokenizer))

@@ -1,0 +1,86 @@
+"""Built-in tasks: problems made by a rule, with nothing to download, and split without a list.
+
+A task makes its rows itself, as a data file would hold them: dicts with a "prompt" and an "answer".
+`last-digit` asks for the last digit of a sum of 4 to 7 digits:
+
+    last digit of 7+8+6+9?     ->  0
+    worked by a chain of look-ups: 7+8=15;5+6=11;1+9=10;0
+
+Invariants
+- A problem is held out if the hash of its text says so (`is_heldout`): one predicate for everything
+  that draws problems, the training rows and the tool that teaches the embedded model alike, so a
+  held-out problem is in no training set, of any seed or size.
+- Rows are the same on every machine and Python: they are drawn with `random.Random(seed).random()`,
+  the one sequence that Python promises to keep.
+- Rows of a split are distinct; the answer is the whole of what a verifier compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from .errors import InputError
+
+Row = dict[str, str]
+
+TRAIN_ROWS: Final = 20_000
+HELDOUT_ROWS: Final = 500
+FEWEST_TERMS: Final = 4  # shorter sums are so few that training would meet them all
+MOST_TERMS: Final = 7  # the longest working has 43 characters
+
+
+@dataclass(frozen=True)
+class Task:
+    """A built-in source of problems; `reward` names the built-in verifier that its answers need."""
+
+    name: str
+    description: str
+    rows: Callable[[str], list[Row]]
+    reward: str
+
+
+def is_heldout(prompt: str) -> bool:
+    """Whether the problem with this text is kept from all training (one in sixteen is)."""
+    return hashlib.sha256(prompt.encode()).digest()[0] < 16
+
+
+def last_digit_problems(seed: int, *, heldout: bool) -> Iterator[Row]:
+    """An endless stream of problems of one side of the split; problems may come again."""
+    source = random.Random(seed)
+
+    def draw(lowest: int, highest: int) -> int:
+        return lowest + int(source.random() * (highest - lowest + 1))
+
+    while True:
+        terms = [draw(1, 9) for _ in range(draw(FEWEST_TERMS, MOST_TERMS))]
+        prompt = f"last digit of {'+'.join(map(str, terms))}?"
+        if is_heldout(prompt) == heldout:
+            yield {"prompt": prompt, "answer": str(sum(terms) % 10)}
+
+
+def last_digit_rows(split: str) -> list[Row]:
+    """The rows of "train" or "heldout": distinct, always the same, in random order of length."""
+    if split not in ("train", "heldout"):
+        raise InputError(f"task last-digit: split {split!r} does not exist; use 'train' or 'heldout'")
+    heldout = split == "heldout"
+    wanted = HELDOUT_ROWS if heldout else TRAIN_ROWS
+    rows: dict[str, Row] = {}
+    for row in last_digit_problems(seed=int(heldout), heldout=heldout):
+        rows.setdefault(row["prompt"], row)
+        if len(rows) == wanted:
+            break
+    return list(rows.values())
+
+
+TASKS: Final[dict[str, Task]] = {
+    "last-digit": Task(
+        name="last-digit",
+        description="the last digit of a sum of 4 to 7 digits (20,000 to train on, 500 held out)",
+        rows=last_digit_rows,
+        reward="last",
+    )
+}

@@ -1,0 +1,492 @@
+"""The loop: draw problems -> generate -> verify -> learn -> commit, on one device, in turns.
+
+    problem -> Request -> Rollout -> Judgement -> advantage -> Learner.step -> Commit -> Journal
+
+Every number a step needs beyond the weights is a function of the seed and of two counters (the step,
+and how many problems were drawn), so a run repeats bit for bit on the same machine, and a resumed run
+goes on as if it had never stopped. The weights change in one place, `Transaction.commit`; a step is
+done when its patch is in the journal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import Recipe
+from .errors import FrugalError, InputError
+from .evaluate import Evaluation, evaluate
+from .generate.engine import Engine
+from .journal import Journal
+from .learn import Learner, Step
+from .loss import ALGORITHMS, advantages, advantages_with_kl, kl_loss, overlong_penalty, policy_loss
+from .memory import Plan, Shape, host_bytes, peak_resident_bytes, plan
+from .models import ModelFiles, find_model, load_tokenizer
+from .policy import Policy, best_device, load_policy
+from .problems import Problem, ProblemSet, draw, load_problems
+from .reward import Judgement, Verifier
+from .rollout import Request, Rollout
+from .weights import step_patch
+
+TRAINING = 1  # first word of the random keys; evaluation has its own
+REFILLS = 8  # dynamic sampling: rounds of prompts drawn for one step before it goes on with what it has
+STILL_STEPS = 3  # so many steps in a row without a changed weight, and the run stops
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Where a run's progress goes. `say`: one line to a person; `step`: a step's metrics."""
+
+    say: Callable[[str], None]
+    step: Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a recipe needs, loaded."""
+
+    recipe: Recipe
+    files: ModelFiles
+    plan: Plan
+    problems: ProblemSet
+    policy: Policy
+    engine: Engine
+    learner: Learner
+    verifier: Verifier
+
+
+@dataclass(frozen=True)
+class Group:
+    """One problem's rollouts and what they earned."""
+
+    problem: Problem
+    rollouts: list[Rollout]
+    judgements: list[Judgement]
+    rewards: list[float]
+
+    @property
+    def has_signal(self) -> bool:
+        """By what the verifier paid: a difference in length alone is no signal (DAPO)."""
+        paid = [judgement.reward for judgement in self.judgements]
+        return max(paid) > min(paid)
+
+
+@contextmanager
+def open_session(
+    recipe: Recipe, report: Reporter, *, device: torch.device | None = None
+) -> Iterator[Session]:
+    """Load what a recipe names: cheap things first, so that bad input is refused before weights are read."""
+    device = device or best_device()
+    files = find_model(recipe.model.name)
+    tokenizer = load_tokenizer(files)
+    problems = load_problems(recipe.data, tokenizer, recipe.data.max_prompt_tokens)
+    for note in problems.notes:
+        report.say(note)
+    rollout = recipe.rollout
+    longest_prompt = max(len(p.prompt_ids) for p in [*problems.train, *problems.heldout])
+    divided = divide(files, recipe, longest_prompt, device)
+    with Verifier(
+        recipe.reward.kind,
+        timeout_s=recipe.reward.timeout_s,
+        on_timeout=recipe.reward.on_timeout,
+        on_error=recipe.reward.on_error,
+    ) as verifier:
+        problems = _drop_bad_golds(problems, verifier, report)
+        policy = load_policy(files, tokenizer, device)
+        limit = policy.decoder.max_tokens
+        if longest_prompt + rollout.max_tokens > limit:
+            raise InputError(
+                f"a prompt of {longest_prompt} tokens and rollout.max_tokens = {rollout.max_tokens} exceed "
+                f"the {limit} tokens that {files.name} sees whole: lower rollout.max_tokens or "
+                "data.max_prompt_tokens"
+            )
+        yield Session(
+            recipe=recipe,
+            files=files,
+            plan=divided,
+            problems=problems,
+            policy=policy,
+            engine=Engine(policy.decoder, divided.slots, policy.stop_ids, divided.micro_tokens),
+            learner=Learner(
+                policy.decoder,
+                lr=recipe.learner.lr,
+                clip=recipe.learner.clip,
+                temperature=rollout.temperature,
+                micro_tokens=divided.micro_tokens,
+            ),
+            verifier=verifier,
+        )
+
+
+def divide(files: ModelFiles, recipe: Recipe, longest_prompt: int, device: torch.device) -> Plan:
+    """The memory plan of a recipe on a device."""
+    budget = recipe.memory.budget_bytes
+    if budget is None:
+        cuda = device.type == "cuda"
+        budget = torch.cuda.mem_get_info(device)[0] if cuda else host_bytes() * 3 // 4
+    storage = files.storage_bytes()
+    return plan(
+        Shape.from_config(files.config),
+        budget_bytes=budget,
+        storage_bytes=storage,
+        compute_bytes=storage if device.type == "cuda" else 4,
+        sequences=recipe.rollout.prompts * recipe.rollout.samples,
+        prompt_tokens=longest_prompt,
+        response_tokens=recipe.rollout.max_tokens,
+    )
+
+
+def _drop_bad_golds(problems: ProblemSet, verifier: Verifier, report: Reporter) -> ProblemSet:
+    """Leave out problems whose gold answer the verifier does not accept for itself, and say which."""
+    kept = []
+    for name, rows in (("training", problems.train), ("held-out", problems.heldout)):
+        bad = verifier.check_golds(rows)
+        if bad:
+            shown = "; ".join(f"{p.id} {p.answer[:60]!r} ({why})" for p, why in bad[:3])
+            report.say(f"{len(bad)} of {len(rows)} {name} problems left out, gold not verifiable: {shown}")
+        ids = {problem.id for problem, _ in bad}
+        kept.append([p for p in rows if p.id not in ids])
+        if rows and not kept[-1]:
+            raise InputError(
+                f"reward {verifier.kind!r} accepts none of the {name} golds for itself: "
+                "is it the right reward for this data?"
+            )
+    return replace(problems, train=kept[0], heldout=kept[1])
+
+
+def train(
+    session: Session, journal: Journal, report: Reporter, stopped: Callable[[], bool]
+) -> dict[str, Any]:
+    """Run the recipe's remaining steps; returns the summary that is also written to the run folder.
+
+    `stopped` is asked after every step: True ends the run there, with everything saved.
+    """
+    recipe, began = session.recipe, time.perf_counter()
+    before = _accuracy_before(session, journal, report)
+    latest: Evaluation | None = None
+    train_s = sum(row["seconds"] for row in journal.metrics)
+    still = 0
+    for step in range(journal.step + 1, recipe.train.steps + 1):
+        row = _step(session, journal, step)
+        train_s += row["seconds"]
+        latest = None
+        every = recipe.train.eval_every
+        if every is not None and step % every == 0:
+            latest = _heldout(session)
+            report.say(f"step {step}: held-out accuracy {latest.score}")
+        report.step(row)
+        still = still + 1 if row["signal_groups"] and not row["changed_step"] else 0
+        if still:
+            _say_still(session, still, row, report)
+        if stopped():
+            report.say(f"stopped after step {step}; everything is saved")
+            break
+    latest = latest or _heldout(session)
+    return _finish(session, journal, before, latest, train_s, time.perf_counter() - began)
+
+
+def _say_still(session: Session, still: int, row: Mapping[str, Any], report: Reporter) -> None:
+    """A run whose steps change nothing must say so at once."""
+    lr, dtype = session.recipe.learner.lr, session.policy.weights.storage_dtype
+    advice = (
+        f"no weight changed: learner.lr = {lr:g} is too small for {str(dtype).removeprefix('torch.')} "
+        f"weights at a gradient norm of {row['gradient_norm']:.2g} (an update below half a unit in the "
+        f"last place is rounded away). Plain SGD needs about 0.1 for LLMs, 1e-6 is an Adam habit: try "
+        f"--set learner.lr={lr * 10:g}"
+    )
+    if row["dropped"]:
+        advice = f"the step was dropped: {row['dropped']}"
+    report.say(advice)
+    if still == STILL_STEPS:
+        raise FrugalError(f"{STILL_STEPS} steps in a row changed nothing. Last: {advice}")
+
+
+# --- one step
+
+
+def _step(session: Session, journal: Journal, step: int) -> dict[str, Any]:
+    """Generate, verify, learn, commit. Returns the step's metrics."""
+    clock = _Clock()
+    groups, drawn, sampled = _sample_groups(session, journal.drawn, clock)
+    learned = _learn(session, groups, clock)
+    commit = learned.commit if learned else None
+    changed = commit.changed if commit else {}
+    weights = session.policy.weights
+    any_bit, moved = weights.changed_counts()
+    rollouts = [r for g in groups for r in g.rollouts]
+    lengths = [len(r.response_ids) for r in rollouts]
+    verdicts = Counter(j.verdict.value for g in groups for j in g.judgements)
+    row: dict[str, Any] = {
+        "step": step,
+        "reward": float(np.mean([x for g in groups for x in g.rewards])),
+        "correct": verdicts["correct"] / len(rollouts),
+        "verdicts": dict(verdicts),
+        "groups": len(groups),
+        "signal_groups": sum(g.has_signal for g in groups),
+        "sampled_groups": sampled,
+        "response_tokens": float(np.mean(lengths)),
+        "longest_tokens": max(lengths),
+        "truncated": sum(r.truncated for r in rollouts) / len(rollouts),
+        "loss": learned.loss if learned else None,
+        "entropy": learned.entropy if learned else None,
+        "gradient_norm": commit.norm if commit else None,
+        "clip_scale": commit.scale if commit else None,
+        "dropped": commit.dropped if commit else None,
+        "changed_step": sum(len(c.position_N) for c in changed.values()),
+        "changed_any": any_bit,
+        "changed_1e5": moved,
+        **(learned.stats if learned else {}),
+        "problems_drawn": drawn,
+        "generated_tokens": sum(lengths),
+        "tokens_per_s": sum(lengths) / clock.seconds["generate"],
+        "peak_memory_bytes": peak_memory_bytes(session.policy.decoder.device),
+    }
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    with clock("commit"):
+        assert weights.base_info is not None
+        base = replace(weights.base_info, fingerprints={})
+        row["seconds"] = clock.total()
+        row["phase_seconds"] = dict(clock.seconds)
+        journal.commit(step_patch(weights, changed, base, {}), drawn, row)
+    return row
+
+
+def _sample_groups(session: Session, drawn: int, clock: _Clock) -> tuple[list[Group], int, int]:
+    """The step's groups, the data counter after them, and how many groups were sampled for them."""
+    recipe = session.recipe
+    dynamic = ALGORITHMS[recipe.loss.algorithm].dynamic_sampling
+    kept: list[Group] = []
+    sampled = 0
+    for _ in range(REFILLS if dynamic else 1):
+        numbers = draw(len(session.problems.train), recipe.train.seed, drawn, recipe.rollout.prompts)
+        groups = _generate(session, [session.problems.train[n] for n in numbers], drawn, clock)
+        drawn += len(numbers)
+        sampled += len(groups)
+        kept += [g for g in groups if g.has_signal] if dynamic else groups
+        if len(kept) >= recipe.rollout.prompts:
+            break
+    return (kept or groups)[: recipe.rollout.prompts], drawn, sampled
+
+
+def _generate(session: Session, problems: Sequence[Problem], drawn: int, clock: _Clock) -> list[Group]:
+    """Samples of each problem, verified while others are still being sampled."""
+    recipe, samples = session.recipe, session.recipe.rollout.samples
+    requests = [
+        Request(problem.prompt_ids, (recipe.train.seed, TRAINING, drawn + i, sample))
+        for i, problem in enumerate(problems)
+        for sample in range(samples)
+    ]
+    rollouts: dict[int, Rollout] = {}
+    futures = {}
+    with clock("generate"):
+        stream = session.engine.generate(
+            requests, max_tokens=recipe.rollout.max_tokens, temperature=recipe.rollout.temperature
+        )
+        with closing(stream):  # type: ignore[type-var]
+            for index, rollout in stream:
+                rollouts[index] = rollout
+                text = session.policy.text(rollout.response_ids)
+                futures[index] = session.verifier.submit(problems[index // samples], text)
+    groups = []
+    with clock("verify"):
+        for i, problem in enumerate(problems):
+            indices = range(i * samples, (i + 1) * samples)
+            judgements = [futures[k].result() for k in indices]
+            mine = [rollouts[k] for k in indices]
+            rewards = [_paid(recipe, r, j) for r, j in zip(mine, judgements, strict=True)]
+            groups.append(Group(problem, mine, judgements, rewards))
+    return groups
+
+
+def _paid(recipe: Recipe, rollout: Rollout, judgement: Judgement) -> float:
+    share = ALGORITHMS[recipe.loss.algorithm].overlong_share
+    if share is None:
+        return judgement.reward
+    most = recipe.rollout.max_tokens
+    buffer = max(1, round(share * most))
+    return judgement.reward + overlong_penalty(len(rollout.response_ids), most, buffer)
+
+
+def _learn(session: Session, groups: Sequence[Group], clock: _Clock) -> Step | None:
+    """One optimizer step on the groups; None when no rollout has an advantage."""
+    recipe, learner = session.recipe, session.learner
+    algorithm = ALGORITHMS[recipe.loss.algorithm]
+    everyone = [r for g in groups for r in g.rollouts]
+    reward_NG = torch.tensor([g.rewards for g in groups], dtype=torch.float32)
+    length_NG = torch.tensor([[len(r.response_ids) for r in g.rollouts] for g in groups])
+    advantage_B = advantages(reward_NG, algorithm, length_NG).view(-1)
+    kl = recipe.loss.kl
+    # without a KL term, what has no advantage has no gradient: the counts below still include it
+    rows = torch.arange(len(everyone)) if kl else torch.nonzero(advantage_B).view(-1)
+    if not len(rows):
+        return None
+    rollouts = [everyone[i] for i in rows.tolist()]
+    device = learner.decoder.device
+    width = max(len(r.response_ids) for r in rollouts)
+    mask_BT = torch.zeros(len(rollouts), width, dtype=torch.bool)
+    sampler_BT = torch.zeros(len(rollouts), width)
+    for i, rollout in enumerate(rollouts):
+        mask_BT[i, : len(rollout.response_ids)] = True
+        sampler_BT[i, : len(rollout.response_ids)] = torch.from_numpy(rollout.logprob_T)
+    mask_BT, sampler_BT = mask_BT.to(device), sampler_BT.to(device)
+    advantage_B = advantage_B[rows].to(device)
+    sequences, tokens = len(everyone), int(length_NG.sum())
+    max_tokens = recipe.rollout.max_tokens
+    with clock("learn"):
+        reference_BT = None
+        if kl:
+            with learner.decoder.weights.base():
+                reference_BT = learner.log_probs(rollouts)
+
+        def loss(logprob_BT: Tensor) -> tuple[Tensor, dict[str, float]]:
+            old_BT = logprob_BT.detach()  # one step a batch: the old policy is the learner itself
+            advantage = advantage_B
+            if reference_BT is not None and algorithm.kl == "reward":
+                advantage = advantages_with_kl(
+                    reward_NG.to(device), algorithm, old_BT, reference_BT, mask_BT, kl
+                )
+            value, stats = policy_loss(
+                algorithm,
+                logprob_BT,
+                old_BT,
+                advantage,
+                mask_BT,
+                sequences=sequences,
+                tokens=tokens,
+                max_tokens=max_tokens,
+                clip_low=recipe.loss.clip_low,
+                clip_high=recipe.loss.clip_high,
+            )
+            if reference_BT is not None and algorithm.kl == "loss":
+                penalty = kl_loss(
+                    algorithm,
+                    logprob_BT,
+                    reference_BT,
+                    mask_BT,
+                    sequences=sequences,
+                    tokens=tokens,
+                    max_tokens=max_tokens,
+                )
+                value = value + kl * penalty
+                stats = {**stats, "kl": float(penalty.detach())}
+            return value, {**stats, **_sampler_gap(sampler_BT, old_BT, mask_BT)}
+
+        return learner.step(rollouts, loss)
+
+
+def _sampler_gap(sampler_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from the learner's: the largest, and k3."""
+    gap_N = (old_BT - sampler_BT)[mask_BT]
+    k3 = (gap_N.exp() - gap_N - 1).mean()
+    return {"sampler_gap_max": float(gap_N.abs().max()), "sampler_gap_k3": float(k3)}
+
+
+# --- before and after
+
+
+def _heldout(session: Session) -> Evaluation:
+    return evaluate(
+        session.policy,
+        session.engine,
+        session.verifier,
+        session.problems.heldout,
+        max_tokens=session.recipe.rollout.max_tokens,
+        seed=session.recipe.train.seed,
+    )
+
+
+def _accuracy_before(session: Session, journal: Journal, report: Reporter) -> Mapping[str, Any]:
+    """Of the base; read back from the run folder when it goes on."""
+    path = journal.folder / "before.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    evaluation = _heldout(session)
+    report.say(f"held-out accuracy before: {evaluation.score}")
+    before = asdict(evaluation.score)
+    journal.write_json("before.json", before)
+    return before
+
+
+def _finish(
+    session: Session,
+    journal: Journal,
+    before: Mapping[str, Any],
+    after: Evaluation,
+    train_s: float,
+    wall_s: float,
+) -> dict[str, Any]:
+    """Write patch.safetensors and summary.json; returns the summary."""
+    weights = session.policy.weights
+    any_bit, moved = weights.changed_counts()
+    device = session.policy.decoder.device
+    results = {
+        "steps": journal.step,
+        "accuracy_before": dict(before),
+        "accuracy_after": asdict(after.score),
+        "parameters": weights.parameters,
+        "changed_any": any_bit,
+        "changed_1e5": moved,
+        "seed": session.recipe.train.seed,
+    }
+    # the patch is a function of the recipe alone: no times, so that two equal runs are equal files
+    patch = weights.patch({"recipe": session.recipe.to_toml(), "metrics": results})
+    patch_bytes = patch.save(journal.folder / "patch.safetensors")
+    summary = {
+        **results,
+        "model": session.files.name,
+        "recipe_steps": session.recipe.train.steps,
+        "patch": str(journal.folder / "patch.safetensors"),
+        "patch_bytes": patch_bytes,
+        "train_seconds": train_s,
+        "session_seconds": wall_s,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "plan": asdict(session.plan),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+    journal.write_json("summary.json", summary)
+    return summary
+
+
+def resume(session: Session, journal: Journal, report: Reporter) -> None:
+    """Bring the policy of a fresh session to the journal's last step."""
+    for patch in journal.replay():
+        session.policy.weights.write_patch_(patch)
+    journal.load_metrics()
+    for note in journal.notes:
+        report.say(note)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak on the device since the process began; on a CPU, peak resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()
+
+
+class _Clock:
+    """Seconds by phase. Phases do not nest."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {"generate": 0.0, "verify": 0.0, "learn": 0.0}
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+
+    def total(self) -> float:
+        return time.perf_counter() - self._began

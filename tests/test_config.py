@@ -1,0 +1,408 @@
+"""Reading recipes: what is accepted, what is refused, and what the refusal says."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from frugal_rl import config
+from frugal_rl.config import Recipe, list_recipes, load_recipe, parse_bytes, read_recipe, toml_value
+from frugal_rl.errors import InputError
+
+SMALL = """
+[model]
+name = "tiny"
+[data]
+source = "rows.jsonl"
+[reward]
+kind = "last"
+[rollout]
+prompts = 4
+samples = 2
+max_tokens = 8
+[learner]
+lr = 0.5
+[train]
+steps = 3
+"""
+
+
+def refusal(*overrides, text=SMALL):
+    with pytest.raises(InputError) as caught:
+        read_recipe(text, overrides, where="mine.toml")
+    return str(caught.value)
+
+
+# What is accepted
+
+
+def test_a_recipe_has_the_documented_defaults():
+    recipe = read_recipe(SMALL)
+    assert recipe.model == config.Model("tiny", weights="bf16", reference="base")
+    assert recipe.data == config.Data(
+        "rows.jsonl",
+        prompt="prompt",
+        answer="answer",
+        answer_after=None,
+        heldout=500,
+        system=None,
+        suffix=None,
+        format="chat",
+        max_prompt_tokens=512,
+    )
+    assert recipe.reward == config.Reward("last", timeout_s=5.0, on_timeout=0.0, on_error=0.0)
+    assert recipe.rollout == config.Rollout(4, 2, 8, temperature=1.0, generator="engine")
+    assert recipe.loss == config.Loss("grpo", kl=0.0, clip_low=None, clip_high=None)
+    assert recipe.learner == config.Learner(0.5, kind="sgd", clip=1.0)
+    assert recipe.train == config.Train(3, seed=0, eval_every=None)
+    assert recipe.memory == config.Memory(budget=None)
+    assert recipe.memory.budget_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("learner.lr=1", "learner", "lr", 1.0),
+        ("learner.lr = 1e-3", "learner", "lr", 0.001),
+        ("data.source=gsm8k/train.jsonl", "data", "source", "gsm8k/train.jsonl"),
+        ('data.source="7.jsonl"', "data", "source", "7.jsonl"),
+        ("data.answer_after=####", "data", "answer_after", "####"),
+        ("data.suffix=a = b", "data", "suffix", "a = b"),
+        ("data.suffix=", "data", "suffix", ""),
+        ("data.suffix='x'\ntrain.seed = 3", "data", "suffix", "'x'\ntrain.seed = 3"),
+        ("data.heldout=test.jsonl", "data", "heldout", "test.jsonl"),
+        ("data.heldout=20", "data", "heldout", 20),
+        ("reward.on_error=-1", "reward", "on_error", -1.0),
+        ("train.seed=9223372036854775807", "train", "seed", 2**63 - 1),
+        ("memory.budget=24GiB", "memory", "budget", "24GiB"),
+        ("loss.algorithm=reinforce++", "loss", "algorithm", "reinforce++"),
+        ("loss.clip_low=1", "loss", "clip_low", 1.0),
+        ("train.eval_every=10", "train", "eval_every", 10),
+    ],
+)
+def test_an_override_is_toml_or_else_a_bare_text(override, section, key, value):
+    got = getattr(getattr(read_recipe(SMALL, [override]), section), key)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_the_last_of_two_overrides_of_a_key_stands():
+    assert read_recipe(SMALL, ["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+def test_a_later_override_repairs_what_the_file_has_wrong():
+    assert read_recipe(SMALL.replace("0.5", '"x"'), ["learner.lr=0.5"]).learner.lr == 0.5
+
+
+# The round trip
+
+HOSTILE = 'a"b\\c\td\ne\x00\x1f\x7f\u00e9\U0001f600 #[x]\u2028'
+
+
+def test_the_text_of_a_recipe_reads_back_as_the_same_recipe():
+    recipe = read_recipe(SMALL)
+    full = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, system=HOSTILE, suffix=HOSTILE, answer_after="####"),
+        loss=config.Loss("dapo", kl=1e-17, clip_low=0.1, clip_high=3e22),
+        learner=config.Learner(5e-324, clip=1.7976931348623157e308),
+        train=config.Train(1, seed=2**63 - 1, eval_every=1),
+        memory=config.Memory("1.5GiB"),
+    )
+    for one in (recipe, full):
+        assert read_recipe(one.to_toml()) == one
+        assert read_recipe(one.to_toml()).to_toml() == one.to_toml()
+
+
+def test_the_text_of_a_recipe_holds_every_key_that_has_a_value():
+    tree = tomllib.loads(read_recipe(SMALL).to_toml())
+    assert list(tree) == [field.name for field in dataclasses.fields(Recipe)]
+    assert tree["train"] == {"steps": 3, "seed": 0}  # no eval_every
+    assert tree["memory"] == {}
+    assert tree["learner"] == {"lr": 0.5, "kind": "sgd", "clip": 1.0}
+
+
+def test_the_order_of_keys_in_the_file_changes_nothing():
+    blocks = SMALL.strip().split("\n[")
+    shuffled = "[" + "\n[".join(reversed([blocks[0][1:], *blocks[1:]]))
+    assert read_recipe(shuffled).to_toml() == read_recipe(SMALL).to_toml()
+
+
+@pytest.mark.parametrize("text", ["", "7", "true", "1979-05-27", "[1]", "a=b", "#x", "'", HOSTILE])
+def test_a_written_toml_value_is_a_safe_override(text):
+    assert read_recipe(SMALL, [f"data.suffix={toml_value(text)}"]).data.suffix == text
+
+
+def test_recipes_are_frozen_and_can_be_hashed():
+    recipe = read_recipe(SMALL)
+    assert len({recipe, read_recipe(SMALL)}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.train.steps = 4
+
+
+# What is refused
+
+
+def test_an_unknown_section_is_refused_with_the_nearest_name():
+    message = refusal(text=SMALL + "[modle]\n")
+    assert message.startswith('mine.toml: there is no section "modle"; the nearest is "model"')
+    assert "expected one of model, data, reward, rollout, loss, learner, train, memory" in message
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name_and_the_known_ones():
+    message = refusal(text=SMALL.replace("max_tokens", "max_token"))
+    assert message.startswith('mine.toml: [rollout] has no key "max_token"')
+    assert 'the nearest is "max_tokens"' in message
+    assert "prompts, samples, max_tokens, temperature, generator" in message
+
+
+def test_a_key_in_the_wrong_section_is_refused_with_the_right_one():
+    assert "did you mean learner.lr?" in refusal("train.lr=0.1")
+    assert "did you mean learner.lr?" in refusal("lr=0.1")
+    assert "did you mean learner.lr?" in refusal(text="lr = 0.1\n" + SMALL)
+
+
+@pytest.mark.parametrize("section", ["model", "data", "reward", "rollout", "learner", "train"])
+def test_a_missing_section_is_refused_by_its_first_missing_key(section):
+    head, _, tail = SMALL.partition(f"[{section}]\n")
+    message = refusal(text=head + ("[" + tail.partition("[")[2] if "[" in tail else ""))
+    assert message.startswith(f"mine.toml: [{section}] ")
+    assert "is missing: expected " in message
+    assert f"--set {section}." in message
+
+
+def test_a_value_where_a_section_belongs_is_refused():
+    assert "model is a section, write [model]" in refusal(text="model = 3\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "got", "expected"),
+    [
+        ("rollout.prompts=true", "true", "an integer at least 1"),
+        ("rollout.prompts=4.0", "4.0", "an integer at least 1"),
+        ("rollout.prompts=0", "0", "an integer at least 1"),
+        ("rollout.prompts='4'", '"4"', "an integer at least 1"),
+        ("rollout.temperature=0", "0", "a finite number above 0"),
+        ("learner.lr=true", "true", "a finite number above 0"),
+        ("learner.lr=false", "false", "a finite number above 0"),
+        ("learner.lr=0.0", "0.0", "a finite number above 0"),
+        ("learner.lr=nan", "nan", "a finite number above 0"),
+        ("learner.lr=inf", "inf", "a finite number above 0"),
+        ("learner.lr=fast", '"fast"', "a finite number above 0"),
+        (f"learner.lr={10**400}", "1000", "a finite number above 0"),
+        ("learner.clip=-1", "-1", "a finite number above 0"),
+        ("reward.on_error=-inf", "-inf", "a finite number"),
+        ("loss.kl=-0.1", "-0.1", "a finite number at least 0"),
+        ("loss.clip_low=1.5", "1.5", "a finite number above 0 and at most 1"),
+        ("train.seed=-1", "-1", "an integer at least 0"),
+        ("train.seed=9223372036854775808", "9223372036854775808", "at most 9223372036854775807"),
+        ("train.eval_every=0", "0", "an integer at least 1"),
+        ("model.name=", '""', "a text that is not empty"),
+        ("model.name=7", "7", "a text that is not empty"),
+        ("data.suffix=7", "7", "a text"),
+        ("data.heldout=0", "0", "an integer at least 1 or a text that is not empty"),
+        ("data.heldout=[1]", "[1]", "an integer at least 1 or a text"),
+        ("data.format=chatt", '"chatt"; the nearest is "chat"', 'one of "chat", "plain"'),
+        ("reward.kind=maths", '"maths"; the nearest is "math"', '"numeric", "last"'),
+        ("loss.algorithm=ppo", '"ppo"', '"grpo", "dr_grpo", "dapo", "rloo", "reinforce++"'),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_was_got_and_what_was_expected(override, got, expected):
+    message = refusal(override)
+    assert message.startswith(f"--set {override}: [{override.partition('.')[0]}] ")
+    assert f"got {got}" in message
+    assert f"expected {expected}" in message or expected in message.partition("expected ")[2]
+
+
+@pytest.mark.parametrize(
+    ("override", "only"),
+    [
+        ("model.weights=int8", "bf16"),
+        ("model.reference=Qwen/Qwen2.5-7B", "base"),
+        ("rollout.generator=llama.cpp", "engine"),
+        ("learner.kind=adamw", "sgd"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name_with_what_is(override, only):
+    assert f'expected "{only}", the only one supported' in refusal(override)
+
+
+@pytest.mark.parametrize("key", ["rollout.kv_budget", "rollout.eviction", "loss.correction"])
+def test_a_key_that_would_do_nothing_does_not_exist(key):
+    assert "has no key" in refusal(f"{key}=8")
+
+
+@pytest.mark.parametrize("override", ["", "=", "lr", "learner.lr", "learner=0.1", ".lr=1", "a.=1"])
+def test_an_override_that_is_no_assignment_is_refused(override):
+    assert refusal(override).startswith(f"--set {override}: ")
+
+
+def test_an_override_that_is_not_utf8_is_refused():
+    assert "not valid UTF-8" in refusal("data.suffix=\udcff")
+
+
+def test_a_value_of_the_file_is_blamed_on_the_file_and_an_overriding_one_on_the_override():
+    assert refusal(text=SMALL.replace("0.5", "-1")).startswith("mine.toml: [learner] lr: got -1")
+    assert refusal("learner.lr=-1").startswith("--set learner.lr=-1: [learner] lr: got -1")
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo"])
+def test_a_group_of_one_is_refused_where_a_group_is_compared(algorithm):
+    message = refusal("rollout.samples=1", f"loss.algorithm={algorithm}")
+    assert message.startswith("mine.toml --set rollout.samples=1 --set loss.algorithm=")
+    assert "expected samples of at least 2" in message
+
+
+def test_a_group_of_one_is_enough_where_the_batch_is_compared_but_not_a_batch_of_one():
+    overrides = ["loss.algorithm=reinforce++", "rollout.samples=1"]
+    assert read_recipe(SMALL, overrides).rollout.samples == 1
+    assert "expected prompts or samples of at least 2" in refusal(*overrides, "rollout.prompts=1")
+
+
+@pytest.mark.parametrize("key", ["clip_low", "clip_high"])
+def test_a_clip_is_refused_where_nothing_is_clipped(key):
+    assert "which clips nothing" in refusal("loss.algorithm=rloo", f"loss.{key}=0.2")
+    assert getattr(read_recipe(SMALL, [f"loss.{key}=0.2"]).loss, key) == 0.2
+
+
+def test_a_system_message_is_refused_where_there_is_no_chat():
+    assert 'say format = "chat"' in refusal("data.format=plain", "data.system=x")
+
+
+def test_a_heldout_text_that_is_no_path_is_refused():
+    assert "expected a number of problems such as 500" in refusal("data.heldout=some")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.prompt=q", "data.answer=a", "data.answer_after=x", "data.heldout=test.jsonl"],
+)
+def test_a_field_mapping_is_refused_for_a_builtin_task(override):
+    key = override.partition("=")[0].removeprefix("data.")
+    message = refusal("data.source=last-digit", override)
+    assert f'[data] {key} with source = "last-digit"' in message
+
+
+def test_a_bad_budget_is_refused_by_its_key():
+    assert "[memory] budget: " in refusal("memory.budget=24GB")
+
+
+@pytest.mark.parametrize("text", ["[model", "a = \n", "[model]\n[model]\n", "x = " + "[" * 5000])
+def test_text_that_is_not_toml_is_refused(text):
+    assert refusal(text=text).startswith("mine.toml is not valid TOML: ")
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("24 GiB", 24 * 2**30),
+        ("1.5GiB", 3 * 2**29),
+        ("512MiB", 2**29),
+        ("0.5MiB", 2**19),
+    ],
+)
+def test_sizes_are_powers_of_two(text, size_bytes):
+    assert parse_bytes(text) == size_bytes
+    assert read_recipe(SMALL, [f"memory.budget={text}"]).memory.budget_bytes == size_bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "24", "GiB", "-1GiB", "24gib", "24 G", "1e3GiB", "nanGiB", "24GiB ", "\u0663GiB"]
+)
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(InputError, match="expected such as 24GiB or 512MiB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["0GiB", "0.0000001MiB"])
+def test_no_memory_at_all_is_refused(text):
+    with pytest.raises(InputError, match="no memory at all"):
+        parse_bytes(text)
+
+
+def test_powers_of_ten_are_refused_with_the_unit_to_write():
+    with pytest.raises(InputError, match=r"write GiB, which is 2\*\*30 bytes"):
+        parse_bytes("24GB")
+    with pytest.raises(InputError, match=r"write MiB, which is 2\*\*20 bytes"):
+        parse_bytes("24MB")
+
+
+# Names and files
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones_and_the_nearest():
+    with pytest.raises(InputError) as caught:
+        load_recipe("tinny")
+    message = str(caught.value)
+    assert 'recipe "tinny" is not known; the nearest is "tiny"' in message
+    assert all(name in message for name in list_recipes())
+
+
+def test_a_name_is_no_way_out_of_the_recipe_folder(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("tiny").model.name == "tiny"
+    with pytest.raises(InputError, match="not known"):
+        load_recipe("..")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, content):
+    path = tmp_path / "mine.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"mine\.toml cannot be read: "):
+        load_recipe(str(path))
+    with pytest.raises(InputError, match="cannot be read"):
+        load_recipe(f"{tmp_path}/")
+
+
+def test_a_file_is_read_with_its_overrides(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(SMALL, encoding="utf-8")
+    assert load_recipe(str(path), ["train.seed=5"]).train.seed == 5
+    with pytest.raises(InputError, match=r"mine\.toml: \[learner\] lr: got"):
+        path.write_text(SMALL.replace("0.5", "0"), encoding="utf-8")
+        load_recipe(str(path))
+
+
+def test_recipes_in_an_installed_package_are_found_before_a_checkouts(tmp_path, monkeypatch):
+    package = tmp_path / "frugal_rl"
+    (package / "recipes").mkdir(parents=True)
+    (package / "recipes" / "inside.toml").write_text("# inside\n" + SMALL, encoding="utf-8")
+    monkeypatch.setattr(config, "__file__", str(package / "config.py"))
+    assert list_recipes() == {"inside": "inside"}
+    assert load_recipe("inside") == read_recipe(SMALL)
+
+
+def test_a_header_ends_where_the_comments_end(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "one.toml").write_text("# a\n#\n#  b\n[model]\n# c\n", encoding="utf-8")
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "config.py"))
+    assert list_recipes() == {"one": "a\n\n b"}
+
+
+def test_reading_a_recipe_loads_neither_torch_nor_numpy():
+    code = (
+        "import sys, frugal_rl.config as c; c.load_recipe('tiny');"
+        "sys.exit(bool({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_number_of_the_schema_has_limits_that_its_default_keeps():
+    for kind in (f.type for f in dataclasses.fields(Recipe)):
+        section = getattr(config, kind)
+        for field in dataclasses.fields(section):
+            if field.default not in (dataclasses.MISSING, None):
+                hint = config._hints(section)[field.name]
+                assert config._fit(field.default, hint) == field.default
+                with pytest.raises(ValueError):
+                    config._fit(math.nan, hint)

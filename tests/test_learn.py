@@ -1,0 +1,194 @@
+"""The learner against torch.optim.SGD on the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from frugal_rl.learn import Learner
+from frugal_rl.rollout import Rollout, micro_batches
+
+from .conftest import KINDS, make_decoder, make_rollouts
+
+TEMPERATURE = 0.7
+# float32 sums in another order: relative to the weights, and relative to the update
+WEIGHT_TOLERANCE, UPDATE_TOLERANCE = 1e-6, 2e-4
+
+
+def slow_log_probs(model: Any, rollout: Rollout) -> Tensor:
+    """One sequence at a time through transformers' own forward."""
+    ids = torch.tensor([[*rollout.prompt_ids, *rollout.response_ids.tolist()]])
+    logit_TV = model(ids).logits[0].float() / TEMPERATURE
+    first = len(rollout.prompt_ids)
+    logprob_TV = torch.log_softmax(logit_TV[first - 1 : -1], dim=-1)
+    return logprob_TV.gather(1, ids[0, first:, None])[:, 0]
+
+
+def sgd_step(model: Any, rollouts: list[Rollout], advantages: Tensor, lr: float, clip: float) -> Tensor:
+    """The twin: one loss, one backward, clip_grad_norm_, SGD. Returns the norm."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=lr)
+    total = sum(-slow_log_probs(model, r).sum() * a for r, a in zip(rollouts, advantages, strict=True))
+    (total / len(rollouts)).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimiser.step()
+    return norm
+
+
+def policy_gradient(advantages: Tensor) -> Any:
+    return lambda logprob_BT: (-(logprob_BT.sum(1) * advantages).mean(), {})
+
+
+def relative_errors(model: Any, decoder: Any, before: dict[str, Tensor]) -> tuple[float, float]:
+    """Largest over the tensors: of the weights, and of the update."""
+    weight = update = 0.0
+    for name, tensor in decoder.weights.tensors.items():
+        expected = model.state_dict()[name]
+        error = (tensor - expected).norm()
+        weight = max(weight, float(error / expected.norm()))
+        update = max(update, float(error / (expected - before[name]).norm()))
+    return weight, update
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("clip", [1e9, 2.0])
+def test_a_step_is_full_batch_sgd_with_clipping(kind: str, tied: bool, clip: float) -> None:
+    model, decoder = make_decoder(kind, tied=tied)
+    before = {k: v.clone() for k, v in decoder.weights.tensors.items()}
+    rollouts, advantages = make_rollouts(13), torch.randn(13, generator=torch.Generator().manual_seed(1))
+    learner = Learner(decoder, 0.1, clip, TEMPERATURE, micro_tokens=100)
+    step = learner.step(rollouts, policy_gradient(advantages))
+    norm = sgd_step(model, rollouts, advantages, 0.1, clip)
+    assert step.commit.norm == pytest.approx(float(norm), rel=1e-5)
+    assert (step.commit.scale < 1) == (clip == 2.0)
+    weight, update = relative_errors(model, decoder, before)
+    assert weight < WEIGHT_TOLERANCE
+    assert update < UPDATE_TOLERANCE
+
+
+@pytest.mark.parametrize("micro_tokens,count", [(10_000, 1), (140, 2), (36, 7)])
+def test_the_number_of_micro_batches_changes_nothing(micro_tokens: int, count: int) -> None:
+    model, decoder = make_decoder("qwen2")
+    before = {k: v.clone() for k, v in decoder.weights.tensors.items()}
+    rollouts, advantages = make_rollouts(13), torch.linspace(-1, 1, 13)
+    assert len(micro_batches(rollouts, micro_tokens)) == count
+    Learner(decoder, 0.1, 1.0, TEMPERATURE, micro_tokens).step(rollouts, policy_gradient(advantages))
+    sgd_step(model, rollouts, advantages, 0.1, 1.0)
+    weight, update = relative_errors(model, decoder, before)
+    assert weight < WEIGHT_TOLERANCE
+    assert update < UPDATE_TOLERANCE
+
+
+def test_in_bf16_the_changed_entries_are_those_of_sgd_in_float32_rounded_once() -> None:
+    model, decoder = make_decoder("llama", dtype=torch.bfloat16)
+    before = {k: v.clone() for k, v in decoder.weights.tensors.items()}
+    twin = model.float()
+    rollouts, advantages = make_rollouts(13), torch.linspace(-1, 1, 13)
+    step = Learner(decoder, 0.01, 1.0, TEMPERATURE, 100).step(rollouts, policy_gradient(advantages))
+    sgd_step(twin, rollouts, advantages, 0.01, 1.0)
+    ties = changed = 0
+    for name, tensor in decoder.weights.tensors.items():
+        expected = twin.state_dict()[name].to(torch.bfloat16)
+        changed += int((expected != before[name]).sum())
+        ties += int((expected != tensor).sum())
+    assert step.commit.entries == pytest.approx(changed, abs=ties)
+    assert changed > 1000
+    # a float32 difference of 1e-7 decides a tie between two bf16 neighbours for about 1 entry in 1e4
+    assert ties <= changed * 1e-3
+
+
+def test_log_probs_are_those_of_one_sequence_at_a_time() -> None:
+    model, decoder = make_decoder("qwen3", tied=False)
+    rollouts = make_rollouts(9)
+    logprob_BT = Learner(decoder, 0.1, 1.0, TEMPERATURE, 50).log_probs(rollouts)
+    for i, rollout in enumerate(rollouts):
+        count = len(rollout.response_ids)
+        torch.testing.assert_close(logprob_BT[i, :count], slow_log_probs(model, rollout).detach())
+        assert not logprob_BT[i, count:].any()
+
+
+def test_entropy_is_the_mean_over_response_tokens() -> None:
+    model, decoder = make_decoder("llama")
+    rollouts = make_rollouts(3)
+    step = Learner(decoder, 1e-9, 1.0, TEMPERATURE, 1000).step(rollouts, policy_gradient(torch.ones(3)))
+    entropies = []
+    for rollout in rollouts:
+        ids = torch.tensor([[*rollout.prompt_ids, *rollout.response_ids.tolist()]])
+        logit_TV = model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1].detach() / TEMPERATURE
+        entropies.append(torch.distributions.Categorical(logits=logit_TV).entropy())
+    assert step.entropy == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_were(bad: float) -> None:
+    _, decoder = make_decoder("qwen2")
+    before = {k: v.clone() for k, v in decoder.weights.tensors.items()}
+    step = Learner(decoder, 0.1, 1.0, 1.0, 100).step(
+        make_rollouts(3), lambda logprob_BT: (logprob_BT.sum() * bad, {})
+    )
+    assert step.commit.dropped is not None and "loss" in step.commit.dropped
+    assert all(torch.equal(before[k], v) for k, v in decoder.weights.tensors.items())
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were() -> None:
+    _, decoder = make_decoder("qwen2")
+    before = {k: v.clone() for k, v in decoder.weights.tensors.items()}
+
+    def loss(logprob_BT: Tensor) -> tuple[Tensor, dict[str, float]]:
+        # finite, but sqrt has an infinite slope at 0
+        return (logprob_BT - logprob_BT.detach()).clamp(min=0).sqrt().sum(), {}
+
+    step = Learner(decoder, 0.1, 1.0, 1.0, 100).step(make_rollouts(3), loss)
+    assert step.commit.dropped is not None and "norm" in step.commit.dropped
+    assert all(torch.equal(before[k], v) for k, v in decoder.weights.tensors.items())
+
+
+def test_two_runs_of_a_step_give_the_same_bits() -> None:
+    results = []
+    for _ in range(2):
+        _, decoder = make_decoder("mistral", dtype=torch.bfloat16)
+        Learner(decoder, 0.05, 1.0, 1.0, 90).step(
+            make_rollouts(11), policy_gradient(torch.linspace(-1, 1, 11))
+        )
+        results.append(decoder.weights.tensors)
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def test_a_layer_without_its_weights_cannot_be_read() -> None:
+    _, decoder = make_decoder("qwen2")
+    hidden = torch.zeros(1, 2, 64)
+    arguments = decoder.arguments(hidden)
+    with decoder.layer(0) as layer:
+        layer(hidden, **arguments[0])
+    # the meta device holds no numbers, so nothing stale can come out
+    assert decoder.layers[0](hidden.to("meta"), **_to_meta(arguments[0])).is_meta
+
+
+def _to_meta(arguments: dict[str, Any]) -> dict[str, Any]:
+    pair = arguments["position_embeddings"]
+    return {**arguments, "position_embeddings": tuple(t.to("meta") for t in pair)}
+
+
+def test_micro_batches_hold_every_sequence_once_within_the_budget_longest_first() -> None:
+    rollouts = make_rollouts(40)
+    batches = micro_batches(rollouts, 120)
+    rows = [int(r) for b in batches for r in b.row_B]
+    assert sorted(rows) == list(range(40))
+    widths = [b.token_BT.shape[1] for b in batches]
+    assert widths == sorted(widths, reverse=True)
+    assert all(b.token_BT.size <= 120 for b in batches)
+    for batch in batches:
+        places = iter(zip(batch.place_N, batch.target_N, strict=True))
+        for b, row in enumerate(batch.row_B):
+            ids = [*rollouts[row].prompt_ids, *rollouts[row].response_ids.tolist()]
+            for t in range(len(rollouts[row].prompt_ids), len(ids)):
+                place, target = next(places)
+                assert (place, target) == (b * batch.token_BT.shape[1] + t - 1, ids[t])
+
+
+def test_a_sequence_longer_than_the_budget_still_goes_alone() -> None:
+    batches = micro_batches(make_rollouts(4), 1)
+    assert [len(b.row_B) for b in batches] == [1, 1, 1, 1]

@@ -1,0 +1,61 @@
+"""The recipes that travel with the package: each loads, and its header keeps the promises."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from frugal_rl.config import list_recipes, load_recipe, read_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def test_the_recipes_of_the_readme_exist():
+    expected = {
+        "tiny",
+        "gsm8k-qwen2.5-0.5b",
+        "gsm8k-qwen2.5-1.5b",
+        "math-qwen2.5-7b-24gib",
+    }
+    assert expected <= set(NAMES)
+    assert list(list_recipes()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_loads_and_comes_back_from_its_own_text(name):
+    recipe = load_recipe(name)
+    assert read_recipe(recipe.to_toml()) == recipe
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_may_be_given_as_a_path(name):
+    assert load_recipe(str(RECIPES / f"{name}.toml")) == load_recipe(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_header_says_hardware_memory_minutes_score_and_command(name):
+    header = list_recipes()[name]
+    lines = dict(line.split(":", 1) for line in header.splitlines() if ":" in line)
+    for key in ("hardware", "peak memory", "minutes", "score"):
+        assert lines[key].strip()
+    argument = "" if name == "tiny" else f" --recipe {name}"
+    assert lines["command"].strip() == f"frugal-rl train{argument}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_writes_no_key_that_only_repeats_a_default(name):
+    """A reader takes every line for a choice; what `shown` lists is written to be seen."""
+    tree = tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8"))
+    shown = {("data", "prompt"), ("data", "answer"), ("data", "heldout"), ("loss", "algorithm")}
+    recipe = load_recipe(name)
+    for section, table in tree.items():
+        for key, value in table.items():
+            default = type(getattr(recipe, section)).__dataclass_fields__[key].default
+            assert (section, key) in shown or value != default, f"[{section}] {key}"
+
+
+def test_real_models_learn_at_the_rate_of_the_sgd_paper_and_the_tiny_one_at_its_own():
+    rates = {name: load_recipe(name).learner.lr for name in NAMES}
+    assert rates.pop("tiny") == 0.01
+    assert set(rates.values()) == {0.1}
