@@ -193,12 +193,14 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
     more = summary["recipe_steps"] * 2 if summary["steps"] >= summary["recipe_steps"] else None
     go_on = f"frugal-rl train --resume {folder}" + (f" --set train.steps={more}" if more else "")
 
-    def interval(score: dict[str, Any]) -> str:
+    def interval(score: dict[str, Any] | None) -> str:
+        if score is None:
+            return "not measured, the run was stopped"
         return f"{score['value']:.1%} (95 %: {score['low']:.1%} to {score['high']:.1%})"
 
     return "\n".join(
         [
-            f"held-out accuracy  {interval(before)} -> {interval(after)}, {after['problems']} problems",
+            f"held-out accuracy  {interval(before)} -> {interval(after)}, {before['problems']} problems",
             f"steps              {summary['steps']} in {summary['train_seconds']:.0f} s, "
             f"peak memory {size(summary['peak_memory_bytes'])}",
             f"changed entries    {entries:,} of {summary['parameters']:,} ({share:.2%}) in any bit, "
@@ -254,7 +256,7 @@ def evaluate_command(
     else:
         config = load_recipe(recipe or DEFAULT_RECIPE, changes)
     report = loop.Reporter(lambda text: click.echo(text, err=True), lambda row: None)
-    with loop.open_session(config, report) as session:
+    with loop.open_session(config, report, training=False) as session:
         if loaded is not None:
             session.policy.weights.write_patch_(loaded)
         result = evaluate(
@@ -362,7 +364,7 @@ def revert(folder: Path, file: Path, output: Path | None, in_place: bool, force:
         done = checkpoint.revert_in_place(folder, file)
     else:
         assert output is not None
-        done = checkpoint.revert(folder, file, output, force=force)
+        done = checkpoint.revert(_folder(str(folder)), file, output, force=force)
     click.echo(f"{output or folder}: {done.entries:,} entries of {done.tensors} tensors restored, verified")
 
 

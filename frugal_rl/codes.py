@@ -38,9 +38,11 @@ class CodeError(ValueError):
 def bit_length(values: Array) -> Array:
     """The bits that each uint64 needs; exact, unlike a logarithm."""
     exponent = np.frexp(values.astype(np.float64))[1].astype(np.uint64)
-    # A conversion to float64 may round 2**n - 1 up to 2**n, which needs a bit more.
-    rounded_up = (exponent > 0) & (values >> np.maximum(exponent, 1).astype(np.uint64) - np.uint64(1) == 0)
-    return exponent - rounded_up
+    if not values.size or values.max() < 2**53:
+        return exponent
+    # Beyond 2**53 a conversion to float64 may round 2**n - 1 up to 2**n, which needs a bit more.
+    below = np.maximum(exponent, 1).astype(np.uint64) - np.uint64(1)
+    return exponent - ((exponent > 0) & (values >> below == 0))
 
 
 def encode_gaps(values: Array) -> dict[str, bytes]:

@@ -1,15 +1,14 @@
 """The run folder: what a run leaves, written so that a crash at any instant costs no committed step.
 
     recipe.toml         the resolved recipe
-    journal/00000001.safetensors ...   one small patch a step, written once, each naming the hash of
-                        the one before; base + all of them is the policy
-    metrics.jsonl       a line a step
+    journal/00000001.safetensors ...   one small patch a step, written once, with the step's counters and
+                        metrics and the hash of the file before; base + all of them is the policy
+    metrics.jsonl       a line a step, written anew from the journal when a run goes on
     summary.json, patch.safetensors    at the end of every session
 
 Law: all state of a run is (recipe, base, journal). Random numbers are functions of the seed and of
 counters, and the counters are in the journal, so a resumed run goes on as if it had never stopped.
-A step counts as done when its file has its name; metrics may lag behind by the step that was cut off
-and are cut back to the journal on resume.
+A step counts as done when its file has its name.
 """
 
 from __future__ import annotations
@@ -86,36 +85,26 @@ class Journal:
                 os.replace(path, aside)
                 self.notes.append(f"set aside {aside}: {error}")
                 return
-            self._advance(patch, data)
+            self._advance(patch.meta, data)
             yield patch
 
-    def _advance(self, patch: Patch, data: bytes) -> None:
-        self.step, self.drawn = int(patch.meta["step"]), int(patch.meta["drawn"])
+    def _advance(self, meta: Mapping[str, Any], data: bytes) -> None:
+        self.step, self.drawn = int(meta["step"]), int(meta["drawn"])
+        self.metrics.append(dict(meta["metrics"]))
         self.tip = blake2b(data, digest_size=16).hexdigest()
 
     def commit(self, patch: Patch, drawn: int, metrics: Mapping[str, Any]) -> int:
-        """Make a step durable. Returns the bytes of its file."""
-        meta = {"step": self.step + 1, "drawn": drawn, "previous": self.tip}
-        patch = Patch(patch.tensors, patch.base, {**patch.meta, **meta})
-        data = patch.encode()
+        """Make a step durable, then add its line to metrics.jsonl. Returns the bytes of its file."""
+        meta = {"step": self.step + 1, "drawn": drawn, "previous": self.tip, "metrics": dict(metrics)}
+        data = Patch(patch.tensors, patch.base, meta).encode()
         write_atomically(self.path(self.step + 1), data)
-        self._advance(patch, data)
-        self.metrics.append(dict(metrics))
+        self._advance(meta, data)
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
         return len(data)
 
-    def load_metrics(self) -> None:
-        """Read the metrics of the steps replayed, and cut the file back to them."""
-        self.metrics = []
-        for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # the line that was being written when the run was cut off
-                break
-            if row.get("step", self.step + 1) > self.step:
-                break
-            self.metrics.append(row)
+    def restore_metrics(self) -> None:
+        """Write metrics.jsonl anew from the steps replayed."""
         text = "".join(json.dumps(row) + "\n" for row in self.metrics)
         write_atomically(self.folder / "metrics.jsonl", text.encode())
 

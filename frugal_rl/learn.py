@@ -53,25 +53,42 @@ class Step:
 
 @dataclass
 class Learner:
-    """SGD on `decoder`'s weights. `micro_tokens` bounds the padded tokens in a layer at a time."""
+    """SGD on `decoder`'s weights.
+
+    `micro_tokens` bounds the padded tokens in a layer at a time. `boundary_on_host` keeps hidden states of
+    the whole batch in host memory: the device sees a micro-batch of them at a time.
+    """
 
     decoder: Decoder
     lr: float
     clip: float | None
     temperature: float
     micro_tokens: int
+    boundary_on_host: bool = False
 
     def log_probs(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Log-probabilities [B, T] (nats, float32, 0 where padded) of the responses. No gradient."""
         with torch.no_grad():
             batch = _Batch(self.decoder, rollouts, self.micro_tokens)
-            hidden = batch.embed()
+            hidden = batch.embed(self._place)
             for index in range(len(self.decoder.layers)):
-                with self.decoder.layer(index) as layer:
-                    for m in range(len(hidden)):
-                        hidden[m] = layer(hidden[m], **batch.arguments[m][index])
+                hidden = self._through(index, batch, hidden)
             state, _ = self._head(batch, hidden)
             return batch.spread(state.logprob_N)
+
+    @property
+    def _place(self) -> torch.device:
+        """Where hidden states of the whole batch are."""
+        return torch.device("cpu") if self.boundary_on_host else self.decoder.device
+
+    def _through(self, index: int, batch: _Batch, states: list[Tensor]) -> list[Tensor]:
+        """All micro-batches through one layer."""
+        device = self.decoder.device
+        with self.decoder.layer(index) as layer:
+            return [
+                layer(hidden.to(device), **arguments[index]).to(self._place)
+                for hidden, arguments in zip(states, batch.arguments, strict=True)
+            ]
 
     def step(self, rollouts: Sequence[Rollout], loss: Loss) -> Step:
         """One optimizer step on the whole batch. Commits it, or leaves the weights as they were.
@@ -82,17 +99,12 @@ class Learner:
         decoder = self.decoder
         transaction = Transaction(decoder.weights, self.lr, self.clip)
         batch = _Batch(decoder, rollouts, self.micro_tokens)
+        boundary: list[list[Tensor]] = []
         with torch.no_grad():
-            boundary = [batch.embed()]
+            top = batch.embed(self._place)
             for index in range(len(decoder.layers)):
-                with decoder.layer(index) as layer:
-                    boundary.append(
-                        [
-                            layer(hidden, **arguments[index])
-                            for hidden, arguments in zip(boundary[-1], batch.arguments, strict=True)
-                        ]
-                    )
-            top = boundary.pop()
+                boundary.append(top)
+                top = self._through(index, batch, top)
             state, normed_ND = self._head(batch, top)
         logprob_BT = batch.spread(state.logprob_N).requires_grad_()
         value, stats = loss(logprob_BT)
@@ -145,11 +157,12 @@ class Learner:
         slopes = []
         with self.decoder.norm(learn=True) as norm:
             for hidden, place_N, part in zip(top, batch.place, batch.parts, strict=True):
-                state_ND = hidden.flatten(0, 1)[place_N].requires_grad_()
+                here = hidden.to(self.decoder.device)
+                state_ND = here.flatten(0, 1)[place_N].requires_grad_()
                 torch.autograd.backward(norm(state_ND), slope_ND[part])
-                slope = torch.zeros_like(hidden)
+                slope = torch.zeros_like(here)
                 slope.flatten(0, 1)[place_N] = _gradient_of(state_ND)
-                slopes.append(slope)
+                slopes.append(slope.to(self._place))
             (weight,) = norm.parameters()
             transaction.propose(self.decoder.norm_name, _gradient_of(weight).float())
         return slopes
@@ -163,12 +176,14 @@ class Learner:
         transaction: Transaction,
     ) -> None:
         """Turn `slopes` from dL/dx_{l+1} into dL/dx_l, in place; propose the layer's gradients."""
+        device = self.decoder.device
         with self.decoder.layer(index, learn=True) as layer:
             gradients = _accumulate_in_float32(layer)
             for m, arguments in enumerate(batch.arguments):
-                hidden = inputs[m].requires_grad_()
-                torch.autograd.backward(layer(hidden, **arguments[index]), slopes[m])
-                slopes[m] = inputs[m] = _gradient_of(hidden)  # the state is not needed any more
+                hidden = inputs[m].to(device).requires_grad_()
+                torch.autograd.backward(layer(hidden, **arguments[index]), slopes[m].to(device))
+                # the state is not needed any more
+                slopes[m] = inputs[m] = _gradient_of(hidden).to(self._place)
             for target in self.decoder.targets[index]:
                 transaction.propose(target.name, gradients.pop(target.parameter))
 
@@ -216,11 +231,14 @@ class _Batch:
         self.flat_N = torch.from_numpy(np.concatenate(flat)).to(device)
         self.arguments: list[list[dict]] = []
 
-    def embed(self) -> list[Tensor]:
-        """x_0 of each micro-batch; also catches the arguments of the layers."""
-        hidden = [self.decoder.embed(token_BT) for token_BT in self.tokens]
-        self.arguments = [self.decoder.arguments(h) for h in hidden]
-        return hidden
+    def embed(self, place: torch.device) -> list[Tensor]:
+        """x_0 of each micro-batch, kept at `place`; also catches the arguments of the layers."""
+        states, self.arguments = [], []
+        for token_BT in self.tokens:
+            hidden = self.decoder.embed(token_BT)
+            self.arguments.append(self.decoder.arguments(hidden))
+            states.append(hidden.to(place))
+        return states
 
     def spread(self, value_N: Tensor) -> Tensor:
         """[N] in the order of the micro-batches to [B, T] in the order of the rollouts."""
@@ -243,7 +261,8 @@ class _Batch:
         gradient_RD = torch.zeros(len(row_R), width, device=row_R.device)
         for token_BT, slope in zip(self.tokens, slopes, strict=True):
             index_T = torch.searchsorted(row_R, token_BT.view(-1))
-            gradient_RD.index_add_(0, index_T, slope.reshape(-1, width).float())
+            here = slope.to(row_R.device)
+            gradient_RD.index_add_(0, index_T, here.reshape(-1, width).float())
         return row_R, gradient_RD
 
 

@@ -3,7 +3,7 @@
 Law: apply_patch(model, p) gives the parameters the bits that applying p to the model's folder would;
 revert_patch takes them back, bit for bit.
 Invariants: touched entries are compared with the patch's hashes before any is written; parameters
-that share storage (tied embeddings) are written once; only touched entries leave their device.
+that share storage (tied embeddings) must change alike; only touched entries leave their device.
 """
 
 from __future__ import annotations
@@ -146,8 +146,5 @@ def _state(entries: dict[str, _Entries], patch: Patch) -> str:
 
 
 def _write_(entries: dict[str, _Entries], bits: dict[str, Array]) -> None:
-    written = set()
     for name, entry in entries.items():
-        if entry.storage not in written:
-            entry.write_(bits[name])
-            written.add(entry.storage)
+        entry.write_(bits[name])

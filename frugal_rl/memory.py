@@ -67,10 +67,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the budget is divided; all but the two chosen numbers are bytes."""
+    """How the budget is divided. `boundary_on_host`: whether states at layer boundaries leave the device."""
 
     slots: int
     micro_tokens: int
+    boundary_on_host: bool
     budget_bytes: int
     weights_bytes: int
     generating_bytes: int
@@ -86,10 +87,12 @@ def plan(
     sequences: int,
     prompt_tokens: int,
     response_tokens: int,
+    has_host: bool,
 ) -> Plan:
     """Choose slots and micro-batch tokens for `sequences` rollouts of the given longest lengths.
 
-    `storage_bytes`, `compute_bytes`: of an entry. Raises InputError when one slot or one sequence does
+    `storage_bytes`, `compute_bytes`: of an entry. `has_host`: the device has a host with memory of its
+    own, so that boundary states may go there. Raises InputError when one slot or one sequence does
     not fit, saying what would.
     """
     longest = prompt_tokens + response_tokens
@@ -99,13 +102,19 @@ def plan(
     slot += 3 * FLOAT32_BYTES * shape.vocabulary  # logits, their softmax and its sum
     token = _activation_bytes(shape, compute_bytes)
     generating = weights + copies + longest * token  # one prompt's prefill at a time at least
+    state = sequences * longest * shape.hidden * compute_bytes  # hidden states of the whole batch
     learning = (
         weights
         + copies
         + shape.layer_parameters * 2 * FLOAT32_BYTES  # the gradient, and the one being added
-        + sequences * longest * shape.hidden * compute_bytes * (shape.layers + 3)
+        # the states that predict a response token, normed, and their gradient
+        + sequences * response_tokens * shape.hidden * (2 * compute_bytes + FLOAT32_BYTES)
         + HEAD_BYTES
     )
+    states = (shape.layers + 2) * state  # at every boundary, and the gradient that travels down
+    on_host = has_host and learning + states + longest * token > budget_bytes
+    if not on_host:
+        learning += states
     least = max(generating + slot, learning + longest * token)
     if least > budget_bytes:
         raise InputError(
@@ -119,6 +128,7 @@ def plan(
     return Plan(
         slots=int(slots),
         micro_tokens=int(micro),
+        boundary_on_host=on_host,
         budget_bytes=budget_bytes,
         weights_bytes=weights,
         generating_bytes=int(generating + slots * slot),

@@ -429,15 +429,22 @@ def _transposed(positions: Array, rows: int, columns: int) -> Array:
     return np.sort(column * rows + row)
 
 
+def _between(listed: Array) -> Array:
+    """p[0], p[1] - p[0] - 1, p[2] - p[1] - 1, ..."""
+    gaps = listed.copy()
+    gaps[1:] -= listed[:-1] + 1
+    return gaps.view(np.uint64)
+
+
 def _gaps(tensor: TensorPatch) -> tuple[str, Array]:
     """The order that costs less, and the gaps between listed positions in it."""
     listed = _listed(tensor)
-    gaps = np.diff(listed, prepend=-1).astype(np.uint64) - np.uint64(1)
+    gaps = _between(listed)
     rows = tensor.shape[0] if tensor.shape else 1
     columns = math.prod(tensor.shape[1:])
     if rows < 2 or columns < 2 or len(listed) < 2:
         return "rows", gaps
-    other = np.diff(_transposed(listed, rows, columns), prepend=-1).astype(np.uint64) - np.uint64(1)
+    other = _between(_transposed(listed, rows, columns))
     # Sums of integers, so the same choice everywhere; 1/32 less to be worth the sorting.
     if 32 * int(bit_length(other).sum()) < 31 * int(bit_length(gaps).sum()):
         return "columns", other

@@ -83,15 +83,20 @@ class Group:
 
 @contextmanager
 def open_session(
-    recipe: Recipe, report: Reporter, *, device: torch.device | None = None
+    recipe: Recipe, report: Reporter, *, training: bool = True, device: torch.device | None = None
 ) -> Iterator[Session]:
-    """Load what a recipe names: cheap things first, so that bad input is refused before weights are read."""
+    """Load what a recipe names: cheap things first, so that bad input is refused before weights are read.
+
+    Without `training` only the held-out problems are kept.
+    """
     device = device or best_device()
     files = find_model(recipe.model.name)
     tokenizer = load_tokenizer(files)
     problems = load_problems(recipe.data, tokenizer, recipe.data.max_prompt_tokens)
     for note in problems.notes:
         report.say(note)
+    if not training:
+        problems = replace(problems, train=[])
     rollout = recipe.rollout
     longest_prompt = max(len(p.prompt_ids) for p in [*problems.train, *problems.heldout])
     divided = divide(files, recipe, longest_prompt, device)
@@ -123,6 +128,7 @@ def open_session(
                 clip=recipe.learner.clip,
                 temperature=rollout.temperature,
                 micro_tokens=divided.micro_tokens,
+                boundary_on_host=divided.boundary_on_host,
             ),
             verifier=verifier,
         )
@@ -143,6 +149,7 @@ def divide(files: ModelFiles, recipe: Recipe, longest_prompt: int, device: torch
         sequences=recipe.rollout.prompts * recipe.rollout.samples,
         prompt_tokens=longest_prompt,
         response_tokens=recipe.rollout.max_tokens,
+        has_host=device.type == "cuda",
     )
 
 
@@ -174,6 +181,7 @@ def train(
     recipe, began = session.recipe, time.perf_counter()
     before = _accuracy_before(session, journal, report)
     latest: Evaluation | None = None
+    interrupted = False
     train_s = sum(row["seconds"] for row in journal.metrics)
     still = 0
     for step in range(journal.step + 1, recipe.train.steps + 1):
@@ -188,10 +196,10 @@ def train(
         still = still + 1 if row["signal_groups"] and not row["changed_step"] else 0
         if still:
             _say_still(session, still, row, report)
-        if stopped():
-            report.say(f"stopped after step {step}; everything is saved")
+        if interrupted := stopped():
             break
-    latest = latest or _heldout(session)
+    if latest is None and not interrupted:
+        latest = _heldout(session)
     return _finish(session, journal, before, latest, train_s, time.perf_counter() - began)
 
 
@@ -252,12 +260,10 @@ def _step(session: Session, journal: Journal, step: int) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(session.policy.decoder.device),
     }
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with clock("commit"):
-        assert weights.base_info is not None
-        base = replace(weights.base_info, fingerprints={})
-        row["seconds"] = clock.total()
-        row["phase_seconds"] = dict(clock.seconds)
-        journal.commit(step_patch(weights, changed, base, {}), drawn, row)
+    row |= {"seconds": clock.total(), "phase_seconds": clock.seconds}
+    assert weights.base_info is not None
+    base = replace(weights.base_info, fingerprints={})
+    journal.commit(step_patch(weights, changed, base, {}), drawn, row)
     return row
 
 
@@ -421,18 +427,18 @@ def _finish(
     session: Session,
     journal: Journal,
     before: Mapping[str, Any],
-    after: Evaluation,
+    after: Evaluation | None,
     train_s: float,
     wall_s: float,
 ) -> dict[str, Any]:
-    """Write patch.safetensors and summary.json; returns the summary."""
+    """Write patch.safetensors and summary.json; returns the summary. `after`: None if it was not measured."""
     weights = session.policy.weights
     any_bit, moved = weights.changed_counts()
     device = session.policy.decoder.device
     results = {
         "steps": journal.step,
         "accuracy_before": dict(before),
-        "accuracy_after": asdict(after.score),
+        "accuracy_after": asdict(after.score) if after else None,
         "parameters": weights.parameters,
         "changed_any": any_bit,
         "changed_1e5": moved,
@@ -461,7 +467,7 @@ def resume(session: Session, journal: Journal, report: Reporter) -> None:
     """Bring the policy of a fresh session to the journal's last step."""
     for patch in journal.replay():
         session.policy.weights.write_patch_(patch)
-    journal.load_metrics()
+    journal.restore_metrics()
     for note in journal.notes:
         report.say(note)
 

@@ -91,6 +91,8 @@ def finish(folder: Path, records: Sequence[Record]) -> None:
 
 def recover_(folder: Path) -> bool:
     """Write the old bits back where an undo file is found; False where there is none. Needs the lock."""
+    for unfinished in folder.glob(f".{UNDO_FILE}.*.partial"):  # nothing was changed yet
+        unfinished.unlink()
     where = folder / UNDO_FILE
     if not where.exists():
         return False
@@ -122,7 +124,7 @@ def _read(where: Path) -> list[Record]:
         at += positions.nbytes
         old = np.frombuffer(arrays, f"<u{row['width']}", row["entries"], at)
         at += old.nbytes
-        records.append(Record(row["file"], row["offset"], positions, old))
+        records.append(Record(Path(row["file"]).name, row["offset"], positions, old))
     return records
 
 

@@ -146,6 +146,16 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_as_they_were() -> None
     assert all(torch.equal(before[k], v) for k, v in decoder.weights.tensors.items())
 
 
+def test_keeping_states_on_the_host_changes_nothing() -> None:
+    results = []
+    for on_host in (False, True):
+        _, decoder = make_decoder("qwen2")
+        learner = Learner(decoder, 0.1, 1.0, 1.0, 100, boundary_on_host=on_host)
+        learner.step(make_rollouts(7), policy_gradient(torch.linspace(-1, 1, 7)))
+        results.append(decoder.weights.tensors)
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
 def test_two_runs_of_a_step_give_the_same_bits() -> None:
     results = []
     for _ in range(2):

@@ -1,0 +1,117 @@
+"""The run folder: written step by step, read back, cut off anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from frugal_rl.config import load_recipe
+from frugal_rl.errors import InputError
+from frugal_rl.journal import Journal
+from frugal_rl.patch import BaseInfo, Patch, PatchError, TensorPatch
+
+RECIPE = load_recipe("tiny")
+
+
+def step_patch(number: int) -> Patch:
+    positions = np.array([number, number + 3])
+    before, after = np.array([1, 2], "u2"), np.array([2, 1], "u2")
+    tensor = TensorPatch.from_bits("BF16", (40,), positions, before, after)
+    return Patch({"w": tensor}, BaseInfo("base", {}), {})
+
+
+def make_run(folder: Path, steps: int) -> Journal:
+    journal = Journal.create(folder, RECIPE, force=False)
+    for number in range(1, steps + 1):
+        journal.commit(step_patch(number), drawn=32 * number, metrics={"step": number, "reward": 0.5})
+    return journal
+
+
+def test_what_was_committed_is_replayed_in_order_with_its_counters(tmp_path: Path) -> None:
+    written = make_run(tmp_path / "run", 5)
+    journal, recipe = Journal.open(tmp_path / "run")
+    patches = list(journal.replay())
+    assert recipe == RECIPE
+    assert [p.tensors["w"] for p in patches] == [step_patch(n).tensors["w"] for n in range(1, 6)]
+    assert (journal.step, journal.drawn, journal.tip) == (5, 160, written.tip)
+    assert journal.metrics == written.metrics
+
+
+def test_a_step_in_the_past_can_be_reached(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 5)
+    journal, _ = Journal.open(tmp_path / "run")
+    assert len(list(journal.replay(last=2))) == 2
+    assert (journal.step, journal.drawn) == (2, 64)
+
+
+@pytest.mark.parametrize("left", [0, 1, 100, -1])
+def test_a_torn_last_step_is_set_aside_with_a_note(tmp_path: Path, left: int) -> None:
+    make_run(tmp_path / "run", 3)
+    journal, _ = Journal.open(tmp_path / "run")
+    path = journal.path(3)
+    path.write_bytes(path.read_bytes()[:left])
+    assert len(list(journal.replay())) == 2
+    assert journal.step == 2
+    assert not path.exists()
+    assert path.with_suffix(".damaged").exists()
+    assert "set aside" in journal.notes[0]
+    journal.commit(step_patch(3), 96, {"step": 3})
+    again, _ = Journal.open(tmp_path / "run")
+    assert len(list(again.replay())) == 3
+
+
+def test_damage_before_the_last_step_is_an_error(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 3)
+    journal, _ = Journal.open(tmp_path / "run")
+    journal.path(2).write_bytes(b"nothing")
+    with pytest.raises(PatchError):
+        list(journal.replay())
+
+
+def test_a_step_of_another_run_does_not_follow(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 3)
+    other = Journal.create(tmp_path / "b", RECIPE, force=False)
+    other.commit(step_patch(9), 1, {"step": 1})
+    journal, _ = Journal.open(tmp_path / "a")
+    journal.path(1).write_bytes(other.path(1).read_bytes())
+    with pytest.raises(PatchError, match="does not follow"):
+        list(journal.replay())
+
+
+@pytest.mark.parametrize("left", ["", '{"step": 1}\n{"st', "all"])
+def test_metrics_are_written_anew_from_the_steps_that_were_committed(tmp_path: Path, left: str) -> None:
+    make_run(tmp_path / "run", 3)
+    file = tmp_path / "run" / "metrics.jsonl"
+    whole = file.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    file.write_text(whole + '{"step": 4, "re' if left == "all" else left)
+    journal, _ = Journal.open(tmp_path / "run")
+    list(journal.replay())
+    journal.restore_metrics()
+    assert [json.loads(line) for line in file.read_text().splitlines()] == rows
+
+
+def test_an_existing_folder_is_never_overwritten_without_force(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 2)
+    with pytest.raises(InputError, match="--force"):
+        Journal.create(tmp_path / "run", RECIPE, force=False)
+    assert Journal.open(tmp_path / "run")[0].path(2).exists()
+    Journal.create(tmp_path / "run", RECIPE, force=True)
+    assert list(Journal.open(tmp_path / "run")[0].replay()) == []
+
+
+def test_force_does_not_remove_what_is_not_a_run(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("years")
+    with pytest.raises(InputError, match="not a run"):
+        Journal.create(tmp_path / "precious", RECIPE, force=True)
+    assert (tmp_path / "precious" / "thesis.tex").exists()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"recipe\.toml"):
+        Journal.open(tmp_path)

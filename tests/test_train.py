@@ -1,0 +1,248 @@
+"""The loop in one process: recipes on random models of their shape, groups, refills, the reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from frugal_rl import train as loop
+from frugal_rl.config import Recipe, load_recipe
+from frugal_rl.errors import InputError
+from frugal_rl.journal import Journal
+from frugal_rl.reward import Judgement, Verdict
+from frugal_rl.weights import bits_of
+
+from .conftest import make_config, make_model, save_folder
+
+QUIET = loop.Reporter(lambda text: None, lambda row: None)
+SMALL = ["rollout.prompts=4", "rollout.samples=4", "data.heldout=8", "train.steps=2", "rollout.max_tokens=24"]
+# hidden, intermediate, heads, KV heads, tied: the models' own config.json
+SHAPES = {
+    "gsm8k-qwen2.5-0.5b": (896, 4864, 14, 2, True),
+    "gsm8k-qwen2.5-1.5b": (1536, 8960, 12, 2, True),
+    "math-qwen2.5-7b-24gib": (3584, 18944, 28, 4, False),
+}
+
+
+@contextmanager
+def session_of(recipe: Recipe) -> Iterator[loop.Session]:
+    with loop.open_session(recipe, QUIET, device=torch.device("cpu")) as session:
+        yield session
+
+
+@pytest.fixture
+def tiny() -> Iterator[loop.Session]:
+    with session_of(load_recipe("tiny", SMALL)) as session:
+        yield session
+
+
+def groups_of(session: loop.Session, rewards: Callable[[int], float], start: int = 0) -> list[loop.Group]:
+    """Real rollouts with made rewards: `rewards(i)` is what sample i of each group earns."""
+    problems = session.problems.train[start : start + session.recipe.rollout.prompts]
+    groups = loop._generate(session, problems, start, loop._Clock())
+    out = []
+    for group in groups:
+        paid = [rewards(i) for i in range(len(group.rollouts))]
+        verdicts = [Judgement(Verdict.CORRECT if x else Verdict.WRONG, x, 0.0) for x in paid]
+        out.append(replace(group, rewards=paid, judgements=verdicts))
+    return out
+
+
+def snapshot(session: loop.Session) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in session.policy.weights.tensors.items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(bits_of(a[k]), bits_of(b[k])) for k in a)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_recipes_first_step_runs_on_its_architecture_cut_to_two_layers(
+    name: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    hidden, intermediate, heads, kv_heads, tied = SHAPES[name]
+    vocabulary = json.loads((tiny_folder / "config.json").read_text())["vocab_size"]
+    config = make_config(
+        "qwen2",
+        tied=tied,
+        layers=2,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=32768,
+    )
+    config.eos_token_id = json.loads((tiny_folder / "config.json").read_text())["eos_token_id"]
+    model = save_folder(make_model(config, dtype=torch.bfloat16), tmp_path / "model", tiny_folder)
+    rows = {
+        "gsm8k": {
+            "question": "Ann has {} eggs and eats 2. How many are left?",
+            "answer": "she has...\n#### {}",
+        },
+        "math": {"prompt": "What is {} - 2?", "label": "{}"},
+    }[name.partition("-")[0]]
+    for file, numbers in (("train", range(3, 40)), ("heldout", range(40, 44))):
+        lines = [
+            json.dumps({k: v.format(n if k in ("question", "prompt") else n - 2) for k, v in rows.items()})
+            for n in numbers
+        ]
+        (tmp_path / f"{file}.jsonl").write_text("\n".join(lines) + "\n")
+    original = load_recipe(name)
+    recipe = load_recipe(
+        name,
+        [
+            f"model.name={model}",
+            f"data.source={tmp_path / 'train.jsonl'}",
+            f"data.heldout={tmp_path / 'heldout.jsonl'}",
+            "rollout.prompts=2",
+            "rollout.samples=2",
+            "rollout.max_tokens=6",
+            'memory.budget="16GiB"',
+        ],
+    )
+    assert (recipe.learner, recipe.loss) == (original.learner, original.loss)
+    with session_of(recipe) as session:
+        before = snapshot(session)
+        step = loop._learn(session, groups_of(session, lambda i: float(i % 2)), loop._Clock())
+        assert step is not None and step.commit.dropped is None
+        assert step.commit.entries > 0
+        assert not same_bits(before, session.policy.weights.tensors)
+        assert step.stats["sampler_gap_max"] < 1e-3
+
+
+def test_the_recipes_name_these_architectures() -> None:
+    names = {name: load_recipe(name).model.name for name in SHAPES}
+    assert ["Qwen/Qwen2.5-0.5B" in names["gsm8k-qwen2.5-0.5b"], "1.5B" in names["gsm8k-qwen2.5-1.5b"]] == [
+        True
+    ] * 2
+    assert "7B" in names["math-qwen2.5-7b-24gib"]
+
+
+def test_groups_without_signal_change_nothing_and_cost_no_step(tiny: loop.Session) -> None:
+    before = snapshot(tiny)
+    assert loop._learn(tiny, groups_of(tiny, lambda i: 1.0), loop._Clock()) is None
+    assert same_bits(before, tiny.policy.weights.tensors)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "reinforce++"])
+def test_every_algorithm_raises_what_was_rewarded(algorithm: str) -> None:
+    recipe = load_recipe("tiny", [*SMALL, f"loss.algorithm={algorithm}"])
+    with session_of(recipe) as session:
+        groups = groups_of(session, lambda i: float(i == 0))
+        good = [g.rollouts[0] for g in groups]
+        before = session.learner.log_probs(good).sum()
+        step = loop._learn(session, groups, loop._Clock())
+        assert step is not None
+        assert float(session.learner.log_probs(good).sum()) > float(before)
+
+
+def test_leaving_out_groups_without_signal_gives_the_same_step_as_keeping_them(tiny: loop.Session) -> None:
+    """Against a KL weight so small that it adds nothing but keeps every row in the batch."""
+    mixed = groups_of(tiny, lambda i: float(i == 0))
+    flat = [replace(g, rewards=[0.0] * 4) for g in mixed[:2]]
+    left_out = loop._learn(tiny, [*flat, *mixed[2:]], loop._Clock())
+    recipe = load_recipe("tiny", [*SMALL, "loss.kl=1e-30"])
+    with session_of(recipe) as session:
+        kept = loop._learn(session, [*flat, *mixed[2:]], loop._Clock())
+        assert left_out is not None and kept is not None
+        assert left_out.commit.norm == pytest.approx(kept.commit.norm, rel=1e-5)
+        assert left_out.loss == pytest.approx(kept.loss, abs=1e-6)
+
+
+def test_the_reference_is_the_base_at_no_memory(tmp_path: Path) -> None:
+    with session_of(load_recipe("tiny", [*SMALL, "loss.kl=0.1"])) as session:
+        groups = groups_of(session, lambda i: float(i == 0))
+        rollouts = groups[0].rollouts
+        reference = session.learner.log_probs(rollouts)
+        first = loop._learn(session, groups, loop._Clock())
+        second = loop._learn(session, groups, loop._Clock())
+        assert first is not None and second is not None
+        assert first.stats["kl"] == 0.0  # the policy is the base
+        assert second.stats["kl"] > 0.0
+        moved = session.learner.log_probs(rollouts)
+        assert not torch.equal(moved, reference)
+        with session.policy.weights.base():
+            assert torch.equal(session.learner.log_probs(rollouts), reference)
+        assert torch.equal(session.learner.log_probs(rollouts), moved)
+
+
+def test_kl_pulls_towards_the_base() -> None:
+    gaps = {}
+    for kl in ("0.0", "5.0"):
+        with session_of(load_recipe("tiny", [*SMALL, f"loss.kl={kl}"])) as session:
+            groups = groups_of(session, lambda i: float(i == 0))
+            rollouts = [r for g in groups for r in g.rollouts]
+            reference = session.learner.log_probs(rollouts)
+            for _ in range(4):
+                loop._learn(session, groups, loop._Clock())
+            gaps[kl] = float((session.learner.log_probs(rollouts) - reference).square().mean())
+    assert gaps["5.0"] < 0.5 * gaps["0.0"]
+
+
+def test_dapo_refills_groups_without_signal_and_counts_what_it_sampled(tiny: loop.Session) -> None:
+    recipe = load_recipe("tiny", [*SMALL, "loss.algorithm=dapo"])
+    with session_of(recipe) as session:
+        groups, drawn, sampled = loop._sample_groups(session, 0, loop._Clock())
+        assert len(groups) == 4
+        assert all(g.has_signal for g in groups)
+        assert drawn == sampled >= 4
+    plain, drawn, sampled = loop._sample_groups(tiny, 0, loop._Clock())
+    assert (len(plain), drawn, sampled) == (4, 4, 4)
+
+
+def test_dapo_takes_off_for_length_near_the_limit(tiny: loop.Session) -> None:
+    recipe = load_recipe("tiny", ["loss.algorithm=dapo", "rollout.max_tokens=50"])
+    rollout = groups_of(tiny, lambda i: 1.0)[0].rollouts[0]
+    judged = Judgement(Verdict.CORRECT, 1.0, 0.0)
+    # the buffer is a fifth: 10 tokens; 45 tokens are half-way into it
+    long = replace(rollout, response_ids=rollout.response_ids.repeat(50)[:45])
+    assert loop._paid(recipe, long, judged) == pytest.approx(0.5)
+    assert loop._paid(recipe, replace(long, response_ids=long.response_ids[:40]), judged) == 1.0
+    assert loop._paid(load_recipe("tiny"), long, judged) == 1.0
+
+
+def test_each_draw_of_a_problem_has_its_own_random_numbers(tiny: loop.Session) -> None:
+    problem = [tiny.problems.train[0]]
+    texts = []
+    for drawn in (0, 20_000, 0):
+        group = loop._generate(tiny, problem, drawn, loop._Clock())[0]
+        texts.append([r.response_ids.tolist() for r in group.rollouts])
+    assert texts[0] == texts[2]
+    assert texts[0] != texts[1]
+
+
+def test_a_step_is_in_the_journal_before_the_next_begins(tiny: loop.Session, tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "run", tiny.recipe, force=False)
+    row = loop._step(tiny, journal, 1)
+    assert journal.path(1).exists()
+    assert row["changed_step"] > 0
+    with session_of(tiny.recipe) as fresh:
+        again, _ = Journal.open(tmp_path / "run")
+        loop.resume(fresh, again, QUIET)
+        assert same_bits(fresh.policy.weights.tensors, tiny.policy.weights.tensors)
+        assert again.drawn == 4
+
+
+def test_a_golds_reward_that_accepts_nothing_is_refused(tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"prompt": f"{n}?", "answer": "no number"}) + "\n" for n in range(40))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    recipe = load_recipe(
+        "tiny", [f"data.source={tmp_path / 'rows.jsonl'}", "data.heldout=5", "reward.kind=numeric"]
+    )
+    with pytest.raises(InputError, match="right reward"), session_of(recipe):
+        pass
+
+
+def test_metrics_hold_no_number_that_json_cannot(tiny: loop.Session, tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "run", tiny.recipe, force=False)
+    row: dict[str, Any] = loop._step(tiny, journal, 1)
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
