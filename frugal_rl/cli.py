@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,9 @@ RESUMABLE = frozenset({"train.steps", "train.eval_every", "memory.budget"})
 
 def main() -> None:
     """Entry point: our errors become one line and an exit code."""
+    # GNU OpenMP spins at barriers by default, which is ten times slower as soon as one core is taken by
+    # another process; with so short a spin nothing is lost on an idle machine. Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         cli(standalone_mode=False)
     except InputError as error:

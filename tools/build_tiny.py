@@ -15,7 +15,10 @@ tokenizer (token id = byte; 256 ends a text, 257 pads) and a chat template `Q:..
 Invariants: seeded and on one thread, so the same machine writes the same bytes again; another machine
 or torch may round differently and give other weights, with scores close to these.
 
-MEASURED
+Recorded (torch 2.13, transformers 5.23; 28 minutes on one thread of a 2-core machine busy with other
+work), after rounding to bf16, on the 500 held-out problems:
+- greedy: 140 right (28.0 %); 103 worked, all of them right; 397 bare, 37 right (9.3 %);
+- sampled at temperature 1: 164 right (32.8 %); 145 worked, 131 right; 355 bare, 33 right.
 """
 
 from __future__ import annotations
