@@ -433,6 +433,29 @@ def merge(base: str, files: tuple[Path, ...], output: Path, force: bool) -> None
     )
 
 
+@patch.command("at")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--step", required=True, type=click.IntRange(1), help="The step, counted from 1.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The patch file.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+def at_step(run: Path, step: int, output: Path, force: bool) -> None:
+    """Write the patch of the policy that RUN had after a step."""
+    from . import checkpoint
+    from .journal import Journal
+    from .models import find_model
+
+    _refuse_existing(output, force)
+    journal, recipe = Journal.open(run)
+    steps = list(journal.replay(last=step))
+    if journal.step < step:
+        raise InputError(f"{run} has {journal.step} steps, not {step}")
+    files = find_model(recipe.model.name)
+    meta = {"recipe": recipe.to_toml(), "metrics": journal.metrics[-1]}
+    made = checkpoint.merge(files.folder, steps, meta)
+    made = type(made)(made.tensors, checkpoint.base_info(files.folder, files.name), made.meta)
+    click.echo(f"{output}: step {step}, {made.entries:,} entries, {made.save(output):,} bytes")
+
+
 def _refuse_existing(output: Path, force: bool) -> None:
     if output.exists() and not force:
         raise InputError(f"{output} exists: choose another name, or --force to replace it")

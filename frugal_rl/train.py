@@ -206,14 +206,15 @@ def train(
 def _say_still(session: Session, still: int, row: Mapping[str, Any], report: Reporter) -> None:
     """A run whose steps change nothing must say so at once."""
     lr, dtype = session.recipe.learner.lr, session.policy.weights.storage_dtype
-    advice = (
-        f"no weight changed: learner.lr = {lr:g} is too small for {str(dtype).removeprefix('torch.')} "
-        f"weights at a gradient norm of {row['gradient_norm']:.2g} (an update below half a unit in the "
-        f"last place is rounded away). Plain SGD needs about 0.1 for LLMs, 1e-6 is an Adam habit: try "
-        f"--set learner.lr={lr * 10:g}"
-    )
     if row["dropped"]:
-        advice = f"the step was dropped: {row['dropped']}"
+        advice = f"the step was dropped, the weights are as they were: {row['dropped']}"
+    else:
+        advice = (
+            f"no weight changed: learner.lr = {lr:g} is too small for {str(dtype).removeprefix('torch.')} "
+            f"weights at a gradient norm of {row['gradient_norm']:.2g} (an update below half a unit in the "
+            f"last place is rounded away). Plain SGD needs about 0.1 for LLMs, 1e-6 is an Adam habit: try "
+            f"--set learner.lr={lr * 10:g}"
+        )
     report.say(advice)
     if still == STILL_STEPS:
         raise FrugalError(f"{STILL_STEPS} steps in a row changed nothing. Last: {advice}")

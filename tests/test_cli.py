@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from frugal_rl.patch import Patch
+
 SMALL = [
     "--set",
     "rollout.prompts=4",
@@ -141,6 +143,18 @@ def test_a_killed_run_is_resumed_to_the_same_patch(trained: Path, tmp_path: Path
     run("train", "--resume", "run", cwd=tmp_path)
     expected = (trained / "run" / "patch.safetensors").read_bytes()
     assert (tmp_path / "run" / "patch.safetensors").read_bytes() == expected
+
+
+def test_the_policy_of_any_step_can_be_had(trained: Path, tmp_path: Path) -> None:
+    run("patch", "at", trained / "run", "--step", "3", "-o", "three.safetensors", cwd=tmp_path)
+    made, final = (Patch.load(p) for p in (tmp_path / "three.safetensors", trained / "run/patch.safetensors"))
+    assert made.tensors == final.tensors
+    assert made.base == final.base
+    run("train", "-o", "run", *SMALL, "--set", "train.steps=2", cwd=tmp_path)
+    run("patch", "at", trained / "run", "--step", "2", "-o", "two.safetensors", cwd=tmp_path)
+    two = Patch.load(tmp_path / "two.safetensors")
+    assert two.tensors == Patch.load(tmp_path / "run/patch.safetensors").tensors
+    assert "has 3 steps" in refused("patch", "at", trained / "run", "--step", "4", "-o", "x", cwd=tmp_path)
 
 
 def test_ctrl_c_ends_after_the_step_with_everything_saved(tmp_path: Path) -> None:

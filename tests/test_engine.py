@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from frugal_rl.errors import FrugalError
 from frugal_rl.generate.cache import SlotCache
 from frugal_rl.generate.engine import Engine, _inverse_cdf
 from frugal_rl.learn import Learner
@@ -156,6 +157,13 @@ def test_weights_changed_between_two_runs_are_seen() -> None:
             tensor.mul_(-1.0)
     after = run(engine, requests, 0.0)
     assert [r.response_ids.tolist() for r in before] != [r.response_ids.tolist() for r in after]
+
+
+def test_logits_that_are_not_finite_are_an_error_and_not_a_token() -> None:
+    _, decoder = make_decoder("qwen2")
+    decoder.weights.tensors[decoder.norm_name][0] = float("inf")
+    with pytest.raises(FrugalError, match="not finite"):
+        run(Engine(decoder, 4, STOPS, 1000), make_requests(4, 1), 1.0)
 
 
 def test_drawing_follows_the_distribution() -> None:

@@ -220,6 +220,21 @@ def test_each_draw_of_a_problem_has_its_own_random_numbers(tiny: loop.Session) -
     assert texts[0] != texts[1]
 
 
+def test_a_step_that_is_dropped_is_said_and_journalled(tiny: loop.Session, tmp_path: Path) -> None:
+    said: list[str] = []
+    report = loop.Reporter(said.append, lambda row: None)
+    groups = groups_of(tiny, lambda i: float(i == 0))
+    name = tiny.policy.decoder.norm_name
+    tiny.policy.weights.tensors[name][3] = float("inf")  # from here on nothing is finite
+    before = snapshot(tiny)
+    row = {"dropped": "the gradient's norm is nan", "gradient_norm": None}
+    loop._say_still(tiny, 1, row, report)
+    assert "dropped" in said[0] and "too small" not in said[0]
+    step = loop._learn(tiny, groups, loop._Clock())
+    assert step is not None and step.commit.dropped is not None
+    assert same_bits(before, tiny.policy.weights.tensors)
+
+
 def test_a_step_is_in_the_journal_before_the_next_begins(tiny: loop.Session, tmp_path: Path) -> None:
     journal = Journal.create(tmp_path / "run", tiny.recipe, force=False)
     row = loop._step(tiny, journal, 1)

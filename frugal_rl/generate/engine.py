@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..decoder import Decoder
+from ..errors import FrugalError
 from ..rollout import Request, Rollout
 from .cache import SlotCache
 
@@ -237,6 +238,11 @@ class _Run:
                 logprob_T=self.logprob_ST[slot, :length].cpu().numpy().copy(),
                 truncated=end > self.max_tokens,
             )
+            if not np.isfinite(rollout.logprob_T).all():
+                raise FrugalError(
+                    "the policy's logits are not finite: the weights or the arithmetic have overflowed; "
+                    "go back to an earlier step, or lower learner.lr"
+                )
             self.engine.stats.decoded_tokens += length
             out.append((sequence.index, rollout))
             ended.append(slot)
@@ -263,4 +269,5 @@ def _inverse_cdf(logprob_SV: Tensor, uniform_S: Tensor) -> Tensor:
     # float32 rounding may lift the product to the total itself: stay below it
     below_S = torch.nextafter(cumulative_SV[:, -1], torch.zeros_like(threshold_S))
     threshold_S = torch.minimum(threshold_S, below_S)
-    return torch.searchsorted(cumulative_SV, threshold_S[:, None], right=True)[:, 0]
+    token_S = torch.searchsorted(cumulative_SV, threshold_S[:, None], right=True)[:, 0]
+    return token_S.clamp(max=logprob_SV.shape[1] - 1)  # logits that are not finite find no token
