@@ -202,14 +202,23 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
             return "not measured, the run was stopped"
         return f"{score['value']:.1%} (95 %: {score['low']:.1%} to {score['high']:.1%})"
 
+    lines = [
+        f"held-out accuracy  {interval(before)} -> {interval(after)}, {before['problems']} problems",
+        f"steps              {summary['steps']} in {summary['train_seconds']:.0f} s, "
+        f"peak memory {size(summary['peak_memory_bytes'])}",
+        f"changed entries    {entries:,} of {summary['parameters']:,} ({share:.2%}) in any bit, "
+        f"{summary['changed_1e5']:,} by more than 1e-5",
+        f"patch              {summary['patch']}, {summary['patch_bytes']:,} bytes{each}",
+    ]
+    best = summary["best"]
+    if 0 < best["step"] < summary["steps"]:
+        lines.append(
+            f"best evaluation    step {best['step']}, {best['accuracy']['value']:.1%}: "
+            f"frugal-rl patch at {folder} --step {best['step']} -o best.safetensors"
+        )
     return "\n".join(
         [
-            f"held-out accuracy  {interval(before)} -> {interval(after)}, {before['problems']} problems",
-            f"steps              {summary['steps']} in {summary['train_seconds']:.0f} s, "
-            f"peak memory {size(summary['peak_memory_bytes'])}",
-            f"changed entries    {entries:,} of {summary['parameters']:,} ({share:.2%}) in any bit, "
-            f"{summary['changed_1e5']:,} by more than 1e-5",
-            f"patch              {summary['patch']}, {summary['patch_bytes']:,} bytes{each}",
+            *lines,
             f"apply it           frugal-rl patch apply {summary['model']} {summary['patch']} -o trained",
             f"evaluate it        frugal-rl eval --patch {summary['patch']}",
             f"go on              {go_on}",

@@ -125,6 +125,7 @@ class Train:
     steps: Count
     seed: Seed = 0
     eval_every: Count | None = None  # steps; absent: only before the first and after the last
+    patience: Count | None = None  # evaluations without a better one before it stops; absent: never
 
 
 @dataclass(frozen=True)
@@ -414,6 +415,11 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
     for key in ("clip_low", "clip_high"):
         if loss.algorithm in UNCLIPPED and getattr(loss, key) is not None:
             raise InputError(f"{where}: [loss] {key} with {algorithm}, which clips nothing; leave {key} out")
+    if recipe.train.patience is not None and recipe.train.eval_every is None:
+        raise InputError(
+            f"{where}: [train] patience without eval_every: there is no evaluation to be patient with; "
+            "set train.eval_every"
+        )
     if data.format == "plain" and data.system is not None:
         raise InputError(
             f'{where}: [data] system with format = "plain", which has no system message; '

@@ -3,6 +3,7 @@
     recipe.toml         the resolved recipe
     journal/00000001.safetensors ...   one small patch a step, written once, with the step's counters and
                         metrics and the hash of the file before; base + all of them is the policy
+    validation.jsonl    a line for each evaluation on the held-out problems: step and accuracy
     metrics.jsonl       a line a step, written anew from the journal when a run goes on
     summary.json, patch.safetensors    at the end of every session
 
@@ -36,6 +37,7 @@ class Journal:
     drawn: int = 0  # problems drawn so far, the data's only state
     tip: str = ""  # hash of the last step's file
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    validations: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what a person should be told
 
     @classmethod
@@ -103,10 +105,37 @@ class Journal:
             file.write(json.dumps(metrics) + "\n")
         return len(data)
 
-    def restore_metrics(self) -> None:
-        """Write metrics.jsonl anew from the steps replayed."""
-        text = "".join(json.dumps(row) + "\n" for row in self.metrics)
-        write_atomically(self.folder / "metrics.jsonl", text.encode())
+    def restore(self) -> None:
+        """Bring the files beside the journal to the steps replayed."""
+        self._rewrite("metrics.jsonl", self.metrics)
+        path = self.folder / "validation.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:  # the line that was being written when the run was cut off
+                break
+            if row["step"] <= self.step:
+                self.validations.append(row)
+        self._rewrite("validation.jsonl", self.validations)
+
+    def _rewrite(self, name: str, rows: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.folder / name, text.encode())
+
+    def validate(self, step: int, accuracy: Mapping[str, Any]) -> None:
+        """Note an evaluation on the held-out problems; each step is evaluated once."""
+        if any(row["step"] == step for row in self.validations):
+            return
+        self.validations.append({"step": step, "accuracy": dict(accuracy)})
+        self._rewrite("validation.jsonl", self.validations)
+
+    def best(self) -> dict[str, Any]:
+        """The evaluation with the highest accuracy, the earliest of equals."""
+        return max(self.validations, key=lambda row: (row["accuracy"]["value"], -row["step"]))
+
+    def since_best(self) -> int:
+        """How many evaluations came after the best one."""
+        return sum(row["step"] > self.best()["step"] for row in self.validations)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         write_atomically(self.folder / name, (json.dumps(value, indent=2) + "\n").encode())

@@ -10,7 +10,6 @@ done when its patch is in the journal.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from .config import Recipe
 from .errors import FrugalError, InputError
-from .evaluate import Evaluation, evaluate
+from .evaluate import Score, evaluate
 from .generate.engine import Engine
 from .journal import Journal
 from .learn import Learner, Step
@@ -179,28 +178,27 @@ def train(
     `stopped` is asked after every step: True ends the run there, with everything saved.
     """
     recipe, began = session.recipe, time.perf_counter()
-    before = _accuracy_before(session, journal, report)
-    latest: Evaluation | None = None
-    interrupted = False
+    if not journal.validations:
+        report.say(f"held-out accuracy before: {_validate(session, journal, 0)}")
     train_s = sum(row["seconds"] for row in journal.metrics)
-    still = 0
+    still, interrupted = 0, False
     for step in range(journal.step + 1, recipe.train.steps + 1):
         row = _step(session, journal, step)
         train_s += row["seconds"]
-        latest = None
-        every = recipe.train.eval_every
-        if every is not None and step % every == 0:
-            latest = _heldout(session)
-            report.say(f"step {step}: held-out accuracy {latest.score}")
         report.step(row)
         still = still + 1 if row["signal_groups"] and not row["changed_step"] else 0
         if still:
             _say_still(session, still, row, report)
         if interrupted := stopped():
             break
-    if latest is None and not interrupted:
-        latest = _heldout(session)
-    return _finish(session, journal, before, latest, train_s, time.perf_counter() - began)
+        if recipe.train.eval_every is not None and step % recipe.train.eval_every == 0:
+            report.say(f"step {step}: held-out accuracy {_validate(session, journal, step)}")
+            if recipe.train.patience is not None and journal.since_best() >= recipe.train.patience:
+                report.say(f"stopped early: no evaluation since step {journal.best()['step']} was better")
+                break
+    if not interrupted:
+        _validate(session, journal, journal.step)
+    return _finish(session, journal, train_s, time.perf_counter() - began)
 
 
 def _say_still(session: Session, still: int, row: Mapping[str, Any], report: Reporter) -> None:
@@ -401,45 +399,33 @@ def _sampler_gap(sampler_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> dict[st
 # --- before and after
 
 
-def _heldout(session: Session) -> Evaluation:
-    return evaluate(
+def _validate(session: Session, journal: Journal, step: int) -> Score:
+    """Greedy accuracy on the held-out problems, noted in the run folder."""
+    score = evaluate(
         session.policy,
         session.engine,
         session.verifier,
         session.problems.heldout,
         max_tokens=session.recipe.rollout.max_tokens,
         seed=session.recipe.train.seed,
-    )
+    ).score
+    journal.validate(step, asdict(score))
+    return score
 
 
-def _accuracy_before(session: Session, journal: Journal, report: Reporter) -> Mapping[str, Any]:
-    """Of the base; read back from the run folder when it goes on."""
-    path = journal.folder / "before.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    evaluation = _heldout(session)
-    report.say(f"held-out accuracy before: {evaluation.score}")
-    before = asdict(evaluation.score)
-    journal.write_json("before.json", before)
-    return before
+def _finish(session: Session, journal: Journal, train_s: float, wall_s: float) -> dict[str, Any]:
+    """Write patch.safetensors and summary.json; returns the summary.
 
-
-def _finish(
-    session: Session,
-    journal: Journal,
-    before: Mapping[str, Any],
-    after: Evaluation | None,
-    train_s: float,
-    wall_s: float,
-) -> dict[str, Any]:
-    """Write patch.safetensors and summary.json; returns the summary. `after`: None if it was not measured."""
+    `accuracy_after` is None where the last step was not evaluated, because the run was stopped.
+    """
+    accuracy = {row["step"]: row["accuracy"] for row in journal.validations}
     weights = session.policy.weights
     any_bit, moved = weights.changed_counts()
     device = session.policy.decoder.device
     results = {
         "steps": journal.step,
-        "accuracy_before": dict(before),
-        "accuracy_after": asdict(after.score) if after else None,
+        "accuracy_before": accuracy[0],
+        "accuracy_after": accuracy.get(journal.step),
         "parameters": weights.parameters,
         "changed_any": any_bit,
         "changed_1e5": moved,
@@ -450,6 +436,7 @@ def _finish(
     patch_bytes = patch.save(journal.folder / "patch.safetensors")
     summary = {
         **results,
+        "best": journal.best(),
         "model": session.files.name,
         "recipe_steps": session.recipe.train.steps,
         "patch": str(journal.folder / "patch.safetensors"),
@@ -468,7 +455,7 @@ def resume(session: Session, journal: Journal, report: Reporter) -> None:
     """Bring the policy of a fresh session to the journal's last step."""
     for patch in journal.replay():
         session.policy.weights.write_patch_(patch)
-    journal.restore_metrics()
+    journal.restore()
     for note in journal.notes:
         report.say(note)
 

@@ -344,3 +344,12 @@ def test_on_a_terminal_there_is_a_live_table(tmp_path: Path) -> None:
     for word in ("step 3/3", "groups without signal", "changed entries", "peak memory", "left", "▁"):
         assert word in text or word == "▁", word
     assert "\x1b[" in text
+
+
+def test_the_last_lines_name_a_better_step_if_there_was_one(tmp_path: Path) -> None:
+    small = [*SMALL, "--set", "train.eval_every=1", "--set", "learner.lr=0.3", "--set", "train.steps=4"]
+    done = run("train", "-o", "run", *small, cwd=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    best = max(rows, key=lambda row: (row["accuracy"]["value"], -row["step"]))["step"]
+    assert ("patch at run --step" in done.stdout) == (0 < best < 4)

@@ -406,3 +406,9 @@ def test_every_number_of_the_schema_has_limits_that_its_default_keeps():
                 assert config._fit(field.default, hint) == field.default
                 with pytest.raises(ValueError):
                     config._fit(math.nan, hint)
+
+
+def test_patience_needs_evaluations_to_be_patient_with():
+    with pytest.raises(InputError, match=r"patience without eval_every"):
+        read_recipe(SMALL, ["train.patience=3"])
+    assert read_recipe(SMALL, ["train.patience=3", "train.eval_every=2"]).train.patience == 3

@@ -91,8 +91,31 @@ def test_metrics_are_written_anew_from_the_steps_that_were_committed(tmp_path: P
     file.write_text(whole + '{"step": 4, "re' if left == "all" else left)
     journal, _ = Journal.open(tmp_path / "run")
     list(journal.replay())
-    journal.restore_metrics()
+    journal.restore()
     assert [json.loads(line) for line in file.read_text().splitlines()] == rows
+
+
+def test_the_best_evaluation_is_the_earliest_of_the_highest(tmp_path: Path) -> None:
+    journal = make_run(tmp_path / "run", 6)
+    for step, value in enumerate([0.2, 0.5, 0.9, 0.9, 0.3, 0.9]):
+        journal.validate(step, {"value": value})
+    assert journal.best() == {"step": 2, "accuracy": {"value": 0.9}}
+    assert journal.since_best() == 3
+    journal.validate(2, {"value": 1.0})  # a step has one accuracy
+    assert journal.best()["accuracy"] == {"value": 0.9}
+
+
+def test_evaluations_of_steps_that_were_lost_are_forgotten(tmp_path: Path) -> None:
+    journal = make_run(tmp_path / "run", 4)
+    for step in (0, 2, 4):
+        journal.validate(step, {"value": step / 10})
+    journal.path(4).unlink()
+    with open(tmp_path / "run" / "validation.jsonl", "a") as file:
+        file.write('{"step": 1, "accu')
+    again, _ = Journal.open(tmp_path / "run")
+    list(again.replay())
+    again.restore()
+    assert [row["step"] for row in again.validations] == [0, 2]
 
 
 def test_an_existing_folder_is_never_overwritten_without_force(tmp_path: Path) -> None:

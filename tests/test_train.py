@@ -235,6 +235,19 @@ def test_a_step_that_is_dropped_is_said_and_journalled(tiny: loop.Session, tmp_p
     assert same_bits(before, tiny.policy.weights.tensors)
 
 
+def test_a_run_stops_early_when_no_evaluation_is_better(tmp_path: Path) -> None:
+    changes = [*SMALL, "train.steps=9", "train.eval_every=1", "train.patience=2", "learner.lr=1e-4"]
+    with session_of(load_recipe("tiny", changes)) as session:
+        journal = Journal.create(tmp_path / "run", session.recipe, force=False)
+        for step, value in ((0, 0.9), (1, 1.0), (2, 1.0), (3, 0.5)):
+            journal.validate(step, {"value": value})
+        summary = loop.train(session, journal, QUIET, lambda: False)
+    # as if steps 2 and 3 had been evaluated before: the first own evaluation already ends it
+    assert summary["steps"] == 1
+    assert summary["best"] == {"step": 1, "accuracy": {"value": 1.0}}
+    assert summary["accuracy_after"] == {"value": 1.0}
+
+
 def test_a_step_is_in_the_journal_before_the_next_begins(tiny: loop.Session, tmp_path: Path) -> None:
     journal = Journal.create(tmp_path / "run", tiny.recipe, force=False)
     row = loop._step(tiny, journal, 1)
