@@ -52,9 +52,11 @@ class Journal:
             if not (folder / "recipe.toml").exists():
                 raise InputError(f"{folder} exists and is not a run: it is not replaced")
             shutil.rmtree(folder)
-        (folder / "journal").mkdir(parents=True)
-        write_atomically(folder / "recipe.toml", recipe.to_toml().encode())
-        (folder / "metrics.jsonl").touch()
+        sibling = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        (sibling / "journal").mkdir(parents=True)
+        write_atomically(sibling / "recipe.toml", recipe.to_toml().encode())
+        (sibling / "metrics.jsonl").touch()
+        os.rename(sibling, folder)  # a run folder appears whole
         return cls(folder)
 
     @classmethod
