@@ -181,7 +181,7 @@ def train(
     if not journal.validations:
         report.say(f"held-out accuracy before: {_validate(session, journal, 0)}")
     train_s = sum(row["seconds"] for row in journal.metrics)
-    still, interrupted = 0, False
+    still, silent, interrupted = 0, False, False
     for step in range(journal.step + 1, recipe.train.steps + 1):
         row = _step(session, journal, step)
         train_s += row["seconds"]
@@ -189,6 +189,14 @@ def train(
         still = still + 1 if row["signal_groups"] and not row["changed_step"] else 0
         if still:
             _say_still(session, still, row, report)
+        if not row["signal_groups"] and not silent:
+            verdicts = ", ".join(f"{count} {name}" for name, count in sorted(row["verdicts"].items()))
+            report.say(
+                f"step {step} learned nothing: in no group did rewards differ (verdicts: {verdicts}). Does "
+                f"reward.kind = {recipe.reward.kind!r} suit this data, and is the task within reach? More "
+                "rollout.samples or easier problems give signal; frugal-rl eval --show 3 prints answers"
+            )
+        silent = not row["signal_groups"]
         if interrupted := stopped():
             break
         if recipe.train.eval_every is not None and step % recipe.train.eval_every == 0:

@@ -235,6 +235,17 @@ def test_a_step_that_is_dropped_is_said_and_journalled(tiny: loop.Session, tmp_p
     assert same_bits(before, tiny.policy.weights.tensors)
 
 
+def test_steps_without_signal_say_so_once_with_the_verdicts(tmp_path: Path) -> None:
+    said: list[str] = []
+    changes = [*SMALL, "rollout.max_tokens=1", "reward.kind=numeric", "train.steps=3"]  # one token: all wrong
+    with session_of(load_recipe("tiny", changes)) as session:
+        journal = Journal.create(tmp_path / "run", session.recipe, force=False)
+        loop.train(session, journal, loop.Reporter(said.append, lambda row: None), lambda: False)
+    told = [text for text in said if "learned nothing" in text]
+    assert len(told) == 1
+    assert told[0].startswith("step 1 ") and " no_answer" in told[0]
+
+
 def test_a_run_stops_early_when_no_evaluation_is_better(tmp_path: Path) -> None:
     changes = [*SMALL, "train.steps=9", "train.eval_every=1", "train.patience=2", "learner.lr=1e-4"]
     with session_of(load_recipe("tiny", changes)) as session:
