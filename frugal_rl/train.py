@@ -10,6 +10,7 @@ done when its patch is in the journal.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections import Counter
@@ -39,6 +40,7 @@ from .weights import step_patch
 
 TRAINING = 1  # first word of the random keys; evaluation has its own
 REFILLS = 8  # dynamic sampling: rounds of prompts drawn for one step before it goes on with what it has
+HALVINGS = 3  # of the micro-batch, when memory runs out
 STILL_STEPS = 3  # so many steps in a row without a changed weight, and the run stops
 
 
@@ -183,7 +185,7 @@ def train(
     train_s = sum(row["seconds"] for row in journal.metrics)
     still, silent, interrupted = 0, False, False
     for step in range(journal.step + 1, recipe.train.steps + 1):
-        row = _step(session, journal, step)
+        row = _step(session, journal, step, report)
         train_s += row["seconds"]
         report.step(row)
         still = still + 1 if row["signal_groups"] and not row["changed_step"] else 0
@@ -229,11 +231,11 @@ def _say_still(session: Session, still: int, row: Mapping[str, Any], report: Rep
 # --- one step
 
 
-def _step(session: Session, journal: Journal, step: int) -> dict[str, Any]:
+def _step(session: Session, journal: Journal, step: int, report: Reporter) -> dict[str, Any]:
     """Generate, verify, learn, commit. Returns the step's metrics."""
     clock = _Clock()
     groups, drawn, sampled = _sample_groups(session, journal.drawn, clock)
-    learned = _learn(session, groups, clock)
+    learned = _learn_within_memory(session, groups, clock, report)
     commit = learned.commit if learned else None
     changed = commit.changed if commit else {}
     weights = session.policy.weights
@@ -262,6 +264,8 @@ def _step(session: Session, journal: Journal, step: int) -> dict[str, Any]:
         "changed_1e5": moved,
         **(learned.stats if learned else {}),
         "problems_drawn": drawn,
+        "slots": session.engine.slots,
+        "micro_tokens": session.learner.micro_tokens,
         "generated_tokens": sum(lengths),
         "tokens_per_s": sum(lengths) / clock.seconds["generate"],
         "peak_memory_bytes": peak_memory_bytes(session.policy.decoder.device),
@@ -328,6 +332,33 @@ def _paid(recipe: Recipe, rollout: Rollout, judgement: Judgement) -> float:
     most = recipe.rollout.max_tokens
     buffer = max(1, round(share * most))
     return judgement.reward + overlong_penalty(len(rollout.response_ids), most, buffer)
+
+
+def _learn_within_memory(
+    session: Session, groups: Sequence[Group], clock: _Clock, report: Reporter
+) -> Step | None:
+    """`_learn`; when memory runs out in the middle, again with smaller micro-batches, which later steps keep.
+
+    A step is a transaction, so nothing of the failed try is left. Raises FrugalError after HALVINGS.
+    """
+    learner = session.learner
+    for halving in range(HALVINGS + 1):
+        try:
+            return _learn(session, groups, clock)
+        except torch.OutOfMemoryError as error:
+            if halving == HALVINGS or learner.micro_tokens == 1:
+                raise FrugalError(
+                    f"out of memory with micro-batches of {learner.micro_tokens} tokens: {error}; take "
+                    "fewer samples or max_tokens, or a smaller memory.budget than the device has"
+                ) from error
+        learner.micro_tokens = max(1, learner.micro_tokens // 2)
+        report.say(
+            f"out of memory: the step is run again with micro-batches of {learner.micro_tokens} tokens"
+        )
+        gc.collect()
+        if learner.decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+    raise AssertionError("unreachable")
 
 
 def _learn(session: Session, groups: Sequence[Group], clock: _Clock) -> Step | None:
@@ -460,10 +491,16 @@ def _finish(session: Session, journal: Journal, train_s: float, wall_s: float) -
 
 
 def resume(session: Session, journal: Journal, report: Reporter) -> None:
-    """Bring the policy of a fresh session to the journal's last step."""
+    """Bring a fresh session to the journal's last step.
+
+    Slots and micro-batches are those of the run, whatever memory is free now: they decide the order of sums.
+    """
     for patch in journal.replay():
         session.policy.weights.write_patch_(patch)
     journal.restore()
+    if journal.metrics:
+        session.engine.slots = journal.metrics[-1]["slots"]
+        session.learner.micro_tokens = journal.metrics[-1]["micro_tokens"]
     for note in journal.notes:
         report.say(note)
 

@@ -14,7 +14,7 @@ import torch
 
 from frugal_rl import train as loop
 from frugal_rl.config import Recipe, load_recipe
-from frugal_rl.errors import InputError
+from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.journal import Journal
 from frugal_rl.reward import Judgement, Verdict
 from frugal_rl.weights import bits_of
@@ -246,6 +246,58 @@ def test_steps_without_signal_say_so_once_with_the_verdicts(tmp_path: Path) -> N
     assert told[0].startswith("step 1 ") and " no_answer" in told[0]
 
 
+def test_out_of_memory_halves_the_micro_batch_and_leaves_nothing_of_the_failed_try(
+    tiny: loop.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = groups_of(tiny, lambda i: float(i == 0))
+    before, micro_tokens = snapshot(tiny), tiny.learner.micro_tokens
+    real, calls, said = type(tiny.learner)._layer_backward, [0], []
+
+    def backward(*arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] in (2, 4):  # in the middle of the first try, and of the second
+            raise torch.OutOfMemoryError("made here")
+        real(*arguments)
+
+    monkeypatch.setattr(type(tiny.learner), "_layer_backward", backward)
+    report = loop.Reporter(said.append, lambda row: None)
+    step = loop._learn_within_memory(tiny, groups, loop._Clock(), report)
+    assert step is not None and step.commit.entries > 0
+    assert tiny.learner.micro_tokens == micro_tokens // 4
+    assert [f"micro-batches of {micro_tokens // n} tokens" in said[i] for i, n in ((0, 2), (1, 4))] == [
+        True
+    ] * 2
+    with session_of(tiny.recipe) as fresh:
+        assert same_bits(snapshot(fresh), before)
+        fresh.learner.micro_tokens = micro_tokens // 4
+        loop._learn(fresh, groups, loop._Clock())
+        assert same_bits(snapshot(fresh), tiny.policy.weights.tensors)
+
+
+def test_memory_that_never_suffices_ends_the_run_with_the_weights_as_they_were(
+    tiny: loop.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, before = groups_of(tiny, lambda i: float(i == 0)), snapshot(tiny)
+
+    def backward(*_: Any) -> None:
+        raise torch.OutOfMemoryError("made here")
+
+    monkeypatch.setattr(type(tiny.learner), "_layer_backward", backward)
+    with pytest.raises(FrugalError, match="out of memory with micro-batches"):
+        loop._learn_within_memory(tiny, groups, loop._Clock(), QUIET)
+    assert same_bits(before, tiny.policy.weights.tensors)
+
+
+def test_a_resumed_run_keeps_its_slots_and_micro_batches(tiny: loop.Session, tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "run", tiny.recipe, force=False)
+    tiny.engine.slots, tiny.learner.micro_tokens = 3, 77
+    loop._step(tiny, journal, 1, QUIET)
+    with session_of(tiny.recipe) as fresh:
+        again, _ = Journal.open(tmp_path / "run")
+        loop.resume(fresh, again, QUIET)
+        assert (fresh.engine.slots, fresh.learner.micro_tokens) == (3, 77)
+
+
 def test_a_run_stops_early_when_no_evaluation_is_better(tmp_path: Path) -> None:
     changes = [*SMALL, "train.steps=9", "train.eval_every=1", "train.patience=2", "learner.lr=1e-4"]
     with session_of(load_recipe("tiny", changes)) as session:
@@ -261,7 +313,7 @@ def test_a_run_stops_early_when_no_evaluation_is_better(tmp_path: Path) -> None:
 
 def test_a_step_is_in_the_journal_before_the_next_begins(tiny: loop.Session, tmp_path: Path) -> None:
     journal = Journal.create(tmp_path / "run", tiny.recipe, force=False)
-    row = loop._step(tiny, journal, 1)
+    row = loop._step(tiny, journal, 1, QUIET)
     assert journal.path(1).exists()
     assert row["changed_step"] > 0
     with session_of(tiny.recipe) as fresh:
@@ -283,5 +335,5 @@ def test_a_golds_reward_that_accepts_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_metrics_hold_no_number_that_json_cannot(tiny: loop.Session, tmp_path: Path) -> None:
     journal = Journal.create(tmp_path / "run", tiny.recipe, force=False)
-    row: dict[str, Any] = loop._step(tiny, journal, 1)
+    row: dict[str, Any] = loop._step(tiny, journal, 1, QUIET)
     assert json.loads(json.dumps(row, allow_nan=False)) == row
