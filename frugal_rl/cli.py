@@ -202,9 +202,17 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
             return "not measured, the run was stopped"
         return f"{score['value']:.1%} (95 %: {score['low']:.1%} to {score['high']:.1%})"
 
+    exported = []
+    if "export_lost" in summary:
+        lost, score = summary["export_lost"], summary["accuracy_exported"]
+        exported = [
+            f"exported           checkpoint + patch: {interval(score) if score else 'not measured'}; "
+            f"{lost:,} changed entries ({lost / max(1, entries):.2%}) lost to rounding"
+        ]
     return "\n".join(
         [
             f"held-out accuracy  {interval(before)} -> {interval(after)}, {before['problems']} problems",
+            *exported,
             f"steps              {summary['steps']} in {summary['train_seconds']:.0f} s, "
             f"peak memory {size(summary['peak_memory_bytes'])}",
             f"changed entries    {entries:,} of {summary['parameters']:,} ({share:.2%}) in any bit, "
@@ -256,7 +264,8 @@ def evaluate_command(
     loaded = Patch.load(patch) if patch is not None else None
     changes = _overrides(model, data, seed, overrides)
     if recipe is None and loaded is not None and "recipe" in loaded.meta:
-        config = read_recipe(loaded.meta["recipe"], changes, where=str(patch))
+        # a run's patch is for the checkpoint itself, also that of a run on its int8 form
+        config = read_recipe(loaded.meta["recipe"], ["model.weights=bf16", *changes], where=str(patch))
     else:
         config = load_recipe(recipe or DEFAULT_RECIPE, changes)
     report = loop.Reporter(lambda text: click.echo(text, err=True), lambda row: None)

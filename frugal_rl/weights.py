@@ -256,6 +256,34 @@ def _quantised(
     return made
 
 
+def export(weights: Weights, folder: Path, name: str, meta: Mapping[str, object]) -> tuple[Patch, int]:
+    """The patch of int8 weights for the checkpoint they were quantised from, and how many entries it loses.
+
+    A changed entry becomes the checkpoint's value + (learned value - the int8 base's value), in float32,
+    rounded once; it is lost when that has the checkpoint's own bits. What is held whole is exact.
+    """
+    checkpoint, lost = Checkpoint(folder), 0
+    tensors = {}
+    for key, entries in sorted(weights.difference().items()):
+        moved_N = entries.before_bits_N != entries.after_bits_N
+        position_N, before_N, after_N = (
+            part[moved_N].cpu() for part in (entries.position_N, entries.before_bits_N, entries.after_bits_N)
+        )
+        held, info = weights.held[key], checkpoint.tensors[key]
+        if isinstance(held, Quantised):
+            learned_N = after_N.view(held.dtype).float() - before_N.view(held.dtype).float()
+            before_N = signed(checkpoint.bits(key)[position_N.numpy()], torch.device("cpu"))
+            own_N = before_N.view(STORAGE[info.dtype])
+            after_N = bits_of((own_N.float() + learned_N).to(own_N.dtype))
+            lost += int((after_N == before_N).sum())
+        delta = TensorPatch.from_bits(
+            info.dtype, info.shape, position_N.numpy(), unsigned(before_N), unsigned(after_N)
+        )
+        if len(delta.positions):
+            tensors[key] = delta
+    return Patch(tensors=tensors, base=BaseInfo(name, checkpoint.fingerprints()), meta=dict(meta)), lost
+
+
 def step_patch(
     weights: Weights, changed: Mapping[str, Changed], base: BaseInfo, meta: Mapping[str, object]
 ) -> Patch:
