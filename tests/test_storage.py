@@ -27,6 +27,8 @@ INFO = BaseInfo("made here (int8)", {})
 def make_tensors(seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = {k: (torch.randn(s, generator=generator) * 0.02).bfloat16() for k, s in SHAPES.items()}
+    for name in ("a", "c"):  # neighbouring rows with steps far apart
+        tensors[name] *= 8.0 ** (torch.arange(len(tensors[name]))[:, None] % 3 - 1)
     tensors["a"][3] = 0  # a row of zeros
     return tensors
 
@@ -157,6 +159,17 @@ def test_a_tiny_update_changes_next_to_none_of_the_entries_of_code_0() -> None:
     unit = float(weights.held["w"]._units(torch.tensor([0])))  # type: ignore[union-attr]
     changed = commit(weights, {"w": gradient}, unit / 20, None).changed
     assert not changed  # bf16's grid would have moved every one of them
+
+
+def test_what_is_proposed_is_what_changes_when_nothing_is_clipped() -> None:
+    weights, gradients = quantised(make_tensors()), make_gradients()
+    for lr in (0.01, 1e-4, 1e-6):
+        transaction = Transaction(weights, lr, None)
+        rows = torch.arange(31, -1, -2)
+        transaction.propose("c", gradients["c"][rows], row_R=rows)
+        transaction.propose("c", gradients["c"][32:], first_row=32)
+        kept = sum(len(p) for chunks in transaction._proposed.values() for p, _ in chunks)
+        assert transaction.commit().entries == kept > 0
 
 
 def test_the_order_of_proposals_and_their_cut_into_rows_change_nothing() -> None:
