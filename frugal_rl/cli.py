@@ -202,8 +202,14 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
             return "not measured, the run was stopped"
         return f"{score['value']:.1%} (95 %: {score['low']:.1%} to {score['high']:.1%})"
 
-    lines = [
-        f"held-out accuracy  {interval(before)} -> {interval(after)}, {before['problems']} problems",
+    lines = [f"held-out accuracy  {interval(before)} -> {interval(after)}, {before['problems']} problems"]
+    if "export_lost" in summary:
+        lost, score = summary["export_lost"], summary["accuracy_exported"]
+        lines.append(
+            f"exported           checkpoint + patch: {interval(score) if score else 'not measured'}; "
+            f"{lost:,} changed entries ({lost / max(1, entries):.2%}) lost to rounding"
+        )
+    lines += [
         f"steps              {summary['steps']} in {summary['train_seconds']:.0f} s, "
         f"peak memory {size(summary['peak_memory_bytes'])}",
         f"changed entries    {entries:,} of {summary['parameters']:,} ({share:.2%}) in any bit, "
@@ -265,7 +271,8 @@ def evaluate_command(
     loaded = Patch.load(patch) if patch is not None else None
     changes = _overrides(model, data, seed, overrides)
     if recipe is None and loaded is not None and "recipe" in loaded.meta:
-        config = read_recipe(loaded.meta["recipe"], changes, where=str(patch))
+        # a run's patch is for the checkpoint itself, also that of a run on its int8 form
+        config = read_recipe(loaded.meta["recipe"], ["model.weights=bf16", *changes], where=str(patch))
     else:
         config = load_recipe(recipe or DEFAULT_RECIPE, changes)
     report = loop.Reporter(lambda text: click.echo(text, err=True), lambda row: None)
@@ -460,8 +467,20 @@ def at_step(run: Path, step: int, output: Path, force: bool) -> None:
         raise InputError(f"{run} has {journal.step} steps, not {step}")
     files = find_model(recipe.model.name)
     meta = {"recipe": recipe.to_toml(), "metrics": journal.metrics[-1]}
-    made = checkpoint.merge(files.folder, steps, meta)
-    made = type(made)(made.tensors, checkpoint.base_info(files.folder, files.name), made.meta)
+    if recipe.model.weights == "int8":  # its steps are made for the dequantised base
+        import torch
+
+        from .models import load_tokenizer
+        from .policy import load_policy
+        from .weights import export
+
+        policy = load_policy(files, load_tokenizer(files), torch.device("cpu"), quantise=True)
+        for one in steps:
+            policy.weights.write_patch_(one)
+        made, _ = export(policy.weights, files.folder, files.name, meta)
+    else:
+        made = checkpoint.merge(files.folder, steps, meta)
+        made = type(made)(made.tensors, checkpoint.base_info(files.folder, files.name), made.meta)
     click.echo(f"{output}: step {step}, {made.entries:,} entries, {made.save(output):,} bytes")
 
 

@@ -67,7 +67,7 @@ Share = Annotated[float, Range(above=0, at_most=1)]
 @dataclass(frozen=True)
 class Model:
     name: Text  # "tiny" (embedded), a local folder, or a hub name
-    weights: Literal["bf16"] = "bf16"
+    weights: Literal["bf16", "int8"] = "bf16"  # bf16: as the checkpoint has them; int8: its matrices frozen
     reference: Literal["base"] = "base"  # the policy with its patch taken off
 
 

@@ -21,6 +21,7 @@ order of sums. Source: online softmax, arXiv 1805.02867.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class Decoder:
         self.model.rotary_emb = rotary(config=config).to(self.device)
         self.layers = list(self.model.layers)
         self.embed_name = "model.embed_tokens.weight"
-        self.tied = "lm_head.weight" not in weights.tensors
+        self.tied = "lm_head.weight" not in weights.held
         self.head_name = self.embed_name if self.tied else "lm_head.weight"
         self.norm_name = "model.norm.weight"
         self.targets = [_targets(layer, f"model.layers.{i}.") for i, layer in enumerate(self.layers)]
@@ -111,9 +112,9 @@ class Decoder:
     def _check_names(self) -> None:
         expected = {t.name for targets in self.targets for t in targets}
         expected |= {self.embed_name, self.head_name, self.norm_name}
-        if expected != set(self.weights.tensors):
-            missing = sorted(expected - set(self.weights.tensors))[:3]
-            extra = sorted(set(self.weights.tensors) - expected)[:3]
+        if expected != set(self.weights.held):
+            missing = sorted(expected - set(self.weights.held))[:3]
+            extra = sorted(set(self.weights.held) - expected)[:3]
             raise InputError(
                 f"the checkpoint does not match its config ({self.config.model_type}): "
                 f"missing {missing or 'nothing'}, unexpected {extra or 'nothing'}"
@@ -139,13 +140,13 @@ class Decoder:
                 target.module._parameters[target.attribute] = empty
 
     def _load(self, name: str, index: int) -> Tensor:
-        stored = self.weights.tensors[name]
-        if stored.dtype == self.dtype:
-            return stored
-        part = name.removeprefix(f"model.layers.{index}.")
-        if part not in self._scratch or self._scratch[part].numel() < stored.numel():
-            self._scratch[part] = torch.empty(stored.numel(), dtype=self.dtype, device=self.device)
-        return self.weights.load(name, self._scratch[part])
+        held = self.weights.held[name]
+        if held.whole(self.dtype) is None:
+            part, size = name.removeprefix(f"model.layers.{index}."), math.prod(held.shape)
+            if part not in self._scratch or self._scratch[part].numel() < size:
+                self._scratch[part] = torch.empty(size, dtype=self.dtype, device=self.device)
+            return self.weights.load(name, self._scratch[part])
+        return self.weights.load(name)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -153,8 +154,9 @@ class Decoder:
 
         The weights must not change inside.
         """
-        stored = [self.weights.tensors[t.name] for targets in self.targets for t in targets]
-        copies = sum(t.numel() * self.dtype.itemsize for t in stored if t.dtype != self.dtype)
+        held = [self.weights.held[t.name] for targets in self.targets for t in targets]
+        copied = [h for h in held if h.whole(self.dtype) is None]
+        copies = sum(math.prod(h.shape) * self.dtype.itemsize for h in copied)
         if copies <= RESIDENT_BYTES:
             self._resident = [
                 [nn.Parameter(self.weights.load(t.name), requires_grad=False) for t in targets]
@@ -207,15 +209,16 @@ class Decoder:
 
     def head_blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of the head's rows, each small enough to be held in the compute format."""
-        rows, width = self.weights.tensors[self.head_name].shape
+        rows, width = self.weights.held[self.head_name].shape
         step = max(1, HEAD_BLOCK_BYTES // (width * self.dtype.itemsize))
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Logits [B, V] in float32, for sampling: a token a sequence."""
-        if self.weights.tensors[self.head_name].dtype == self.dtype:
-            return (hidden_BD @ self.weights.load(self.head_name).T).float()
+        whole = self.weights.held[self.head_name].whole(self.dtype)
+        if whole is not None:
+            return (hidden_BD @ whole.T).float()
         blocks = [hidden_BD @ self.weights.rows(self.head_name, a, b).T for a, b in self.head_blocks()]
         return torch.cat(blocks, dim=1).float() if len(blocks) > 1 else blocks[0].float()
 

@@ -272,7 +272,7 @@ class _TiedRows:
     def __init__(self, decoder: Decoder, batch: _Batch) -> None:
         self.name = decoder.head_name
         self.row_R = batch.rows()
-        width = decoder.weights.tensors[self.name].shape[1]
+        width = decoder.weights.held[self.name].shape[1]
         self.gradient_RD = torch.zeros(len(self.row_R), width, device=decoder.device)
 
     def take(self, transaction: Transaction, first_row: int, gradient_RD: Tensor) -> None:

@@ -36,9 +36,14 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_policy(files: ModelFiles, tokenizer: Any, device: torch.device) -> Policy:
-    """Read the weights onto the device. Raises InputError for what is not supported, by name."""
+def load_policy(files: ModelFiles, tokenizer: Any, device: torch.device, *, quantise: bool = False) -> Policy:
+    """Read the weights onto the device, their matrices in int8 if `quantise`.
+
+    Raises InputError for what is not supported, by name.
+    """
     config = load_config(files)
     check_supported(config)
-    weights = Weights.from_checkpoint(files.folder, device, name=files.name, names=parameter_names(config))
+    weights = Weights.from_checkpoint(
+        files.folder, device, name=files.name, names=parameter_names(config), quantise=quantise
+    )
     return Policy(files, Decoder(config, weights), tokenizer, stop_ids(files, tokenizer))

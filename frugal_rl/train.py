@@ -32,11 +32,12 @@ from .learn import Learner, Step
 from .loss import ALGORITHMS, advantages, advantages_with_kl, kl_loss, overlong_penalty, policy_loss
 from .memory import Plan, Shape, host_bytes, peak_resident_bytes, plan
 from .models import ModelFiles, find_model, load_tokenizer
+from .patch import Patch
 from .policy import Policy, best_device, load_policy
 from .problems import Problem, ProblemSet, draw, load_problems
 from .reward import Judgement, Verifier
 from .rollout import Request, Rollout
-from .weights import step_patch
+from .weights import export, step_patch
 
 TRAINING = 1  # first word of the random keys; evaluation has its own
 REFILLS = 8  # dynamic sampling: rounds of prompts drawn for one step before it goes on with what it has
@@ -99,7 +100,7 @@ def open_session(
     if not training:
         problems = replace(problems, train=[])
     rollout = recipe.rollout
-    longest_prompt = max(len(p.prompt_ids) for p in [*problems.train, *problems.heldout])
+    longest_prompt = _longest_prompt(problems)
     divided = divide(files, recipe, longest_prompt, device)
     with Verifier(
         recipe.reward.kind,
@@ -108,7 +109,7 @@ def open_session(
         on_error=recipe.reward.on_error,
     ) as verifier:
         problems = _drop_bad_golds(problems, verifier, report)
-        policy = load_policy(files, tokenizer, device)
+        policy = load_policy(files, tokenizer, device, quantise=recipe.model.weights == "int8")
         limit = policy.decoder.max_tokens
         if longest_prompt + rollout.max_tokens > limit:
             raise InputError(
@@ -135,18 +136,27 @@ def open_session(
         )
 
 
-def divide(files: ModelFiles, recipe: Recipe, longest_prompt: int, device: torch.device) -> Plan:
-    """The memory plan of a recipe on a device."""
+def _longest_prompt(problems: ProblemSet) -> int:
+    return max(len(p.prompt_ids) for p in [*problems.train, *problems.heldout])
+
+
+def divide(
+    files: ModelFiles, recipe: Recipe, longest_prompt: int, device: torch.device, *, taken_bytes: int = 0
+) -> Plan:
+    """The memory plan of a recipe on a device. `taken_bytes` of its budget are in use already."""
     budget = recipe.memory.budget_bytes
     if budget is None:
         cuda = device.type == "cuda"
         budget = torch.cuda.mem_get_info(device)[0] if cuda else host_bytes() * 3 // 4
-    storage = files.storage_bytes()
+    else:
+        budget -= taken_bytes
+    quantised = recipe.model.weights == "int8"
+    storage = 1 if quantised else files.storage_bytes()
     return plan(
         Shape.from_config(files.config),
         budget_bytes=budget,
         storage_bytes=storage,
-        compute_bytes=storage if device.type == "cuda" else 4,
+        compute_bytes=4 if device.type != "cuda" else 2 if quantised else storage,
         sequences=recipe.rollout.prompts * recipe.rollout.samples,
         prompt_tokens=longest_prompt,
         response_tokens=recipe.rollout.max_tokens,
@@ -208,7 +218,7 @@ def train(
                 break
     if not interrupted:
         _validate(session, journal, journal.step)
-    return _finish(session, journal, train_s, time.perf_counter() - began)
+    return _finish(session, journal, train_s, began, report)
 
 
 def _say_still(session: Session, still: int, row: Mapping[str, Any], report: Reporter) -> None:
@@ -438,9 +448,9 @@ def _sampler_gap(sampler_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> dict[st
 # --- before and after
 
 
-def _validate(session: Session, journal: Journal, step: int) -> Score:
-    """Greedy accuracy on the held-out problems, noted in the run folder."""
-    score = evaluate(
+def _heldout(session: Session) -> Score:
+    """Greedy accuracy on the held-out problems."""
+    return evaluate(
         session.policy,
         session.engine,
         session.verifier,
@@ -448,11 +458,18 @@ def _validate(session: Session, journal: Journal, step: int) -> Score:
         max_tokens=session.recipe.rollout.max_tokens,
         seed=session.recipe.train.seed,
     ).score
+
+
+def _validate(session: Session, journal: Journal, step: int) -> Score:
+    """`_heldout`, noted in the run folder."""
+    score = _heldout(session)
     journal.validate(step, asdict(score))
     return score
 
 
-def _finish(session: Session, journal: Journal, train_s: float, wall_s: float) -> dict[str, Any]:
+def _finish(
+    session: Session, journal: Journal, train_s: float, began: float, report: Reporter
+) -> dict[str, Any]:
     """Write patch.safetensors and summary.json; returns the summary.
 
     `accuracy_after` is None where the last step was not evaluated, because the run was stopped.
@@ -461,7 +478,7 @@ def _finish(session: Session, journal: Journal, train_s: float, wall_s: float) -
     weights = session.policy.weights
     any_bit, moved = weights.changed_counts()
     device = session.policy.decoder.device
-    results = {
+    results: dict[str, Any] = {
         "steps": journal.step,
         "accuracy_before": accuracy[0],
         "accuracy_after": accuracy.get(journal.step),
@@ -471,7 +488,14 @@ def _finish(session: Session, journal: Journal, train_s: float, wall_s: float) -
         "seed": session.recipe.train.seed,
     }
     # the patch is a function of the recipe alone: no times, so that two equal runs are equal files
-    patch = weights.patch({"recipe": session.recipe.to_toml(), "metrics": results})
+    meta = {"recipe": session.recipe.to_toml(), "metrics": results}
+    if session.recipe.model.weights == "int8":
+        patch, lost = export(weights, session.files.folder, session.files.name, meta)
+        exported = _exported(session, patch, report) if journal.step in accuracy else None
+        results |= {"accuracy_exported": asdict(exported) if exported else None, "export_lost": lost}
+        patch = replace(patch, meta=meta)
+    else:
+        patch = weights.patch(meta)
     patch_bytes = patch.save(journal.folder / "patch.safetensors")
     summary = {
         **results,
@@ -481,13 +505,37 @@ def _finish(session: Session, journal: Journal, train_s: float, wall_s: float) -
         "patch": str(journal.folder / "patch.safetensors"),
         "patch_bytes": patch_bytes,
         "train_seconds": train_s,
-        "session_seconds": wall_s,
+        "session_seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory_bytes(device),
         "plan": asdict(session.plan),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
     journal.write_json("summary.json", summary)
     return summary
+
+
+def _exported(session: Session, patch: Patch, report: Reporter) -> Score | None:
+    """Score an int8 run's patch on the checkpoint in its own format; None if that does not fit."""
+    policy, device = session.policy, session.policy.decoder.device
+    recipe = replace(session.recipe, model=replace(session.recipe.model, weights="bf16"))
+    try:
+        divided = divide(
+            session.files,
+            recipe,
+            _longest_prompt(session.problems),
+            device,
+            taken_bytes=policy.weights.nbytes,
+        )
+    except InputError:
+        report.say(
+            "the whole checkpoint does not fit beside the int8 policy: "
+            "score its patch with frugal-rl eval --patch"
+        )
+        return None
+    policy = load_policy(session.files, policy.tokenizer, device)
+    policy.weights.write_patch_(patch)
+    engine = Engine(policy.decoder, divided.slots, policy.stop_ids, divided.micro_tokens)
+    return _heldout(replace(session, policy=policy, engine=engine))
 
 
 def resume(session: Session, journal: Journal, report: Reporter) -> None:

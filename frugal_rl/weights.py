@@ -1,15 +1,17 @@
-"""The policy's weights: the checkpoint's tensors, changed in place, and the patch that leads back.
+"""The policy's weights: the checkpoint's tensors, whole or in int8, and the patch that leads back.
 
 Law: `policy = base + overlay`. The overlay keeps, for every entry that any step has changed, its flat
-position and the base's bits; `base()` lays them back for as long as the reference policy is wanted,
-and `patch()` is their difference to what is there now. Nothing else is stored: no second model, no
-master copy, no optimizer state.
+position and the bits that the tensor itself does not hold (storage.py: a tensor changed in place misses
+the base's, a frozen int8 matrix the policy's); `base()` takes it off for as long as the reference policy
+is wanted, and `patch()` is the difference. Nothing else is stored: no second model, no master copy, no
+optimizer state.
 
 Update rule (plain SGD under the storage format's own rounding), for entry w with gradient g:
 
     w' = round_to_storage( float32(w) - (lr * c) * float32(g) ),   c = min(1, clip / (||g|| + 1e-6))
 
-and the entry *changes* when w' has other bits than w. A step is a transaction (`Transaction`):
+(storage.py says what the grid of an int8 matrix is) and the entry *changes* when w' has other bits than w.
+A step is a transaction (`Transaction`):
 
 1. `propose` sees one tensor's gradient at a time, adds its square to the norm and keeps only the
    entries that would change at the largest scale still possible; the gradient can then be freed.
@@ -38,53 +40,21 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .errors import InputError
 from .patch import AlreadyApplied, BaseInfo, Patch, TensorPatch, WrongBase
+from .storage import BLOCK, Changed, Held, Overlay, Plain, Quantised, bits_of, rounded
 
 STORAGE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in STORAGE.items()}
-BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 MOVED = 1e-5  # the papers' threshold for "changed" (arXiv 2505.11711, 2602.07729)
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    """The same storage read as signed integers of the same width, flat."""
-    return tensor.view(BITS[tensor.element_size()][0]).view(-1)
 
 
 def unsigned(bits_N: Tensor) -> np.ndarray:
     """Bits on the host as numpy's unsigned integers, the form patches are made of."""
-    return bits_N.cpu().numpy().view(BITS[bits_N.element_size()][1])
+    return bits_N.cpu().numpy().view(f"u{bits_N.element_size()}")
 
 
 def signed(bits_N: np.ndarray, device: torch.device) -> Tensor:
     """Inverse of `unsigned`."""
     return torch.from_numpy(bits_N.view(f"i{bits_N.itemsize}").copy()).to(device)
-
-
-@dataclass
-class Overlay:
-    """What was there before any step: sorted flat positions and the base's bits at them."""
-
-    position_N: Tensor
-    base_bits_N: Tensor
-
-    def add_(self, position_M: Tensor, before_bits_M: Tensor) -> None:
-        """Remember entries not seen before; `position_M` is sorted, `before_bits_M` what they held."""
-        if len(self.position_N):
-            slot_M = torch.searchsorted(self.position_N, position_M)
-            found_M = self.position_N[slot_M.clamp(max=len(self.position_N) - 1)] == position_M
-            position_M, before_bits_M = position_M[~found_M], before_bits_M[~found_M]
-        position_N = torch.cat([self.position_N, position_M])
-        self.position_N, order_N = torch.sort(position_N)
-        self.base_bits_N = torch.cat([self.base_bits_N, before_bits_M])[order_N]
-
-
-@dataclass(frozen=True)
-class Changed:
-    """Entries of one tensor that a step changed: sorted flat positions, bits before and after."""
-
-    position_N: Tensor
-    before_bits_N: Tensor
-    after_bits_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -102,40 +72,50 @@ class Commit:
 
 
 class Weights:
-    """All tensors of one checkpoint on one device, in the checkpoint's own format.
+    """All tensors of one checkpoint on one device: in its own format, or its matrices in int8.
 
     `compute_dtype` is what `load` and `rows` return: float32 on a CPU (where bf16 arithmetic is many
-    times slower), the storage format elsewhere.
+    times slower), the storage format elsewhere. `held` has the tensors in the form they are held in.
     """
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | Quantised],
         *,
         compute_dtype: torch.dtype | None = None,
         base: BaseInfo | None = None,
     ) -> None:
-        self.tensors = dict(tensors)
-        first = next(iter(self.tensors.values()))
-        self.device = first.device
-        self.storage_dtype = max((t.dtype for t in tensors.values()), key=lambda d: d.itemsize)
+        self.held: dict[str, Held] = {
+            name: tensor if isinstance(tensor, Quantised) else Plain(tensor)
+            for name, tensor in tensors.items()
+        }
+        self.device = next(iter(self.held.values())).overlay.position_N.device
+        quantised = [h for h in self.held.values() if isinstance(h, Quantised)]
+        dtypes = [h.dtype for h in quantised or self.held.values()]
+        self.storage_dtype = max(dtypes, key=lambda d: d.itemsize)
         if compute_dtype is None:
             compute_dtype = torch.float32 if self.device.type == "cpu" else self.storage_dtype
         self.compute_dtype = compute_dtype
         self.base_info = base
-        self.overlay: dict[str, Overlay] = {}
 
     @classmethod
     def from_checkpoint(
-        cls, folder: Path, device: torch.device, *, name: str, names: frozenset[str]
+        cls,
+        folder: Path,
+        device: torch.device,
+        *,
+        name: str,
+        names: frozenset[str],
+        quantise: bool = False,
     ) -> Weights:
-        """Load tensor by tensor. Peak: the final size and one tensor.
+        """Load tensor by tensor. Peak: the final size and one tensor; quantising, and a block of rows.
 
         `name`: what patches call the base. `names`: the tensors wanted (a checkpoint may hold a copy of
-        a tied head). Raises InputError for a format that SGD cannot be exact on.
+        a tied head). `quantise`: hold matrices in int8. Raises InputError for a format that SGD cannot be
+        exact on.
         """
         checkpoint = Checkpoint(folder)
-        tensors = {}
+        tensors: dict[str, Tensor | Quantised] = {}
         for key, info in checkpoint.tensors.items():
             if key not in names:
                 continue
@@ -144,70 +124,84 @@ class Weights:
                     f"{folder}: {key} is {info.dtype}; weights are trained in "
                     f"{', '.join(STORAGE)}: take an unquantised checkpoint"
                 )
-            flat = torch.empty(math.prod(info.shape), dtype=STORAGE[info.dtype], device=device)
-            bits = checkpoint.bits(key)
-            bits_of(flat).copy_(torch.from_numpy(np.array(bits).view(f"i{bits.itemsize}")))
+            bits, dtype = checkpoint.bits(key), STORAGE[info.dtype]
+            if quantise and len(info.shape) == 2:
+                tensors[key] = _quantised(bits, dtype, info.shape, device)
+                continue
+            flat = torch.empty(math.prod(info.shape), dtype=dtype, device=device)
+            bits_of(flat).copy_(signed(bits, torch.device("cpu")))
             tensors[key] = flat.view(info.shape)
+        if quantise:  # the base is a function of the checkpoint, known by the entries a patch touches
+            return cls(tensors, base=BaseInfo(f"{name} (int8)", {}))
         return cls(tensors, base=BaseInfo(name, checkpoint.fingerprints()))
 
     # --- reading
 
     @property
     def parameters(self) -> int:
-        return sum(t.numel() for t in self.tensors.values())
+        return sum(math.prod(h.shape) for h in self.held.values())
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tensors.values())
+        """Of all tensors, and of the overlay where it is part of the policy (int8)."""
+        return sum(h.nbytes for h in self.held.values())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The policy's tensors: the storage itself, but a dense copy of a quantised one (tests)."""
+        return {
+            name: h.tensor if isinstance(h, Plain) else h.rows(slice(0, h.shape[0]), h.dtype)
+            for name, h in self.held.items()
+        }
+
+    @property
+    def overlay(self) -> dict[str, Overlay]:
+        """Of every tensor that has changed."""
+        return {name: h.overlay for name, h in self.held.items() if len(h.overlay)}
 
     def load(self, name: str, scratch: Tensor | None = None) -> Tensor:
         """The whole tensor in the compute format: a view where it is stored so, else a copy in `scratch`."""
-        stored = self.tensors[name]
-        if stored.dtype == self.compute_dtype:
-            return stored
+        held = self.held[name]
+        whole = held.whole(self.compute_dtype)
+        if whole is not None:
+            return whole
         if scratch is None:
-            return stored.to(self.compute_dtype)
-        return scratch[: stored.numel()].view(stored.shape).copy_(stored)
+            scratch = torch.empty(math.prod(held.shape), dtype=self.compute_dtype, device=self.device)
+        return held.copy_to_(scratch[: math.prod(held.shape)].view(held.shape))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) in the compute format."""
-        return self.tensors[name][start:stop].to(self.compute_dtype)
+        return self.held[name].rows(slice(start, stop), self.compute_dtype)
 
     def lookup(self, name: str, index_T: Tensor) -> Tensor:
         """Rows by index (an embedding) in the compute format."""
-        return self.tensors[name][index_T].to(self.compute_dtype)
+        return self.held[name].rows(index_T, self.compute_dtype)
 
     # --- writing
 
     def write_(self, changed: Mapping[str, Changed]) -> None:
         """Lay a step over the weights and remember what was below. In place."""
         for name, entries in changed.items():
-            bits_of(self.tensors[name])[entries.position_N] = entries.after_bits_N
-            overlay = self.overlay.setdefault(name, self._empty(entries))
-            overlay.add_(entries.position_N, entries.before_bits_N)
-
-    @staticmethod
-    def _empty(like: Changed) -> Overlay:
-        return Overlay(like.position_N[:0], like.before_bits_N[:0])
+            self.held[name].write_(entries)
 
     def write_patch_(self, patch: Patch) -> None:
         """Lay a patch over the weights (resume, evaluation of base + patch). In place.
 
         Raises PatchError before anything is written: WrongBase, AlreadyApplied, DamagedPatch.
         """
-        missing = sorted(set(patch.tensors) - set(self.tensors))
+        missing = sorted(set(patch.tensors) - set(self.held))
         if missing:
             raise WrongBase(f"the patch changes {missing[0]}, which this model does not have", missing)
         before: dict[str, tuple[Tensor, Tensor]] = {}
         for name, delta in patch.tensors.items():
-            stored = self.tensors[name]
-            if (DTYPE_NAMES[stored.dtype], tuple(stored.shape)) != (delta.dtype, delta.shape):
-                got = f"{DTYPE_NAMES[stored.dtype]} {list(stored.shape)}"
+            held = self.held[name]
+            if (DTYPE_NAMES[held.dtype], tuple(held.shape)) != (delta.dtype, delta.shape):
+                got = f"{DTYPE_NAMES[held.dtype]} {list(held.shape)}"
                 raise WrongBase(
                     f"{name} is {got}, the patch is for {delta.dtype} {list(delta.shape)}", [name]
                 )
             position_N = torch.from_numpy(np.array(delta.positions)).to(self.device)
-            before[name] = position_N, bits_of(stored)[position_N]
+            before[name] = position_N, bits_of(held.at(position_N))
         state = patch.state_of(lambda name: unsigned(before[name][1]), "the model")
         if patch.tensors and state == "applied":
             raise AlreadyApplied("the model holds this patch already")
@@ -222,36 +216,72 @@ class Weights:
     @contextmanager
     def base(self) -> Iterator[None]:
         """The reference policy: the patch taken off in place, and put back at the end."""
-        now = {n: bits_of(self.tensors[n])[o.position_N] for n, o in self.overlay.items()}
-        for name, overlay in self.overlay.items():
-            bits_of(self.tensors[name])[overlay.position_N] = overlay.base_bits_N
+        policy = {name: h.take_off_() for name, h in self.held.items()}
         try:
             yield
         finally:
-            for name, bits_N in now.items():
-                bits_of(self.tensors[name])[self.overlay[name].position_N] = bits_N
+            for name, overlay in policy.items():
+                self.held[name].put_back_(overlay)
 
     def patch(self, meta: Mapping[str, object]) -> Patch:
         """The difference to the base, as a file holds it."""
         assert self.base_info is not None, "weights built by hand have no base to patch"
-        return step_patch(self, self._difference(), self.base_info, meta)
+        return step_patch(self, self.difference(), self.base_info, meta)
 
-    def _difference(self) -> dict[str, Changed]:
-        return {
-            name: Changed(o.position_N, o.base_bits_N, bits_of(self.tensors[name])[o.position_N])
-            for name, o in self.overlay.items()
-        }
+    def difference(self) -> dict[str, Changed]:
+        """From the base to the policy, over all entries that any step has changed."""
+        return {name: h.difference() for name, h in self.held.items() if len(h.overlay)}
 
     def changed_counts(self) -> tuple[int, int]:
         """Entries that differ from the base: in any bit, and by more than 1e-5."""
         any_bit = moved = 0
-        for name, entries in self._difference().items():
-            dtype = self.tensors[name].dtype
+        for name, entries in self.difference().items():
+            dtype = self.held[name].dtype
             now_N = entries.after_bits_N.view(dtype).double()
             base_N = entries.before_bits_N.view(dtype).double()
             any_bit += int((entries.after_bits_N != entries.before_bits_N).sum())
             moved += int(((now_N - base_N).abs() > MOVED).sum())
         return any_bit, moved
+
+
+def _quantised(
+    bits: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> Quantised:
+    """A checkpoint's matrix, quantised a block of rows at a time."""
+    made = Quantised.empty(shape, device)
+    rows = max(1, BLOCK // shape[1])
+    for start in range(0, shape[0], rows):
+        part = signed(bits[start * shape[1] : (start + rows) * shape[1]], device)
+        made.quantise_rows_(start, part.view(dtype).view(-1, shape[1]))
+    return made
+
+
+def export(weights: Weights, folder: Path, name: str, meta: Mapping[str, object]) -> tuple[Patch, int]:
+    """The patch of int8 weights for the checkpoint they were quantised from, and how many entries it loses.
+
+    A changed entry becomes the checkpoint's value + (learned value - the int8 base's value), in float32,
+    rounded once; it is lost when that has the checkpoint's own bits. What is held whole is exact.
+    """
+    checkpoint, lost = Checkpoint(folder), 0
+    tensors = {}
+    for key, entries in sorted(weights.difference().items()):
+        moved_N = entries.before_bits_N != entries.after_bits_N
+        position_N, before_N, after_N = (
+            part[moved_N].cpu() for part in (entries.position_N, entries.before_bits_N, entries.after_bits_N)
+        )
+        held, info = weights.held[key], checkpoint.tensors[key]
+        if isinstance(held, Quantised):
+            learned_N = after_N.view(held.dtype).float() - before_N.view(held.dtype).float()
+            before_N = signed(checkpoint.bits(key)[position_N.numpy()], torch.device("cpu"))
+            own_N = before_N.view(STORAGE[info.dtype])
+            after_N = bits_of((own_N.float() + learned_N).to(own_N.dtype))
+            lost += int((after_N == before_N).sum())
+        delta = TensorPatch.from_bits(
+            info.dtype, info.shape, position_N.numpy(), unsigned(before_N), unsigned(after_N)
+        )
+        if len(delta.positions):
+            tensors[key] = delta
+    return Patch(tensors=tensors, base=BaseInfo(name, checkpoint.fingerprints()), meta=dict(meta)), lost
 
 
 def step_patch(
@@ -260,10 +290,10 @@ def step_patch(
     """A step's or a run's changes in the form that is saved. `base` names what it applies to."""
     tensors = {}
     for name, entries in sorted(changed.items()):
-        stored = weights.tensors[name]
+        held = weights.held[name]
         delta = TensorPatch.from_bits(
-            DTYPE_NAMES[stored.dtype],
-            tuple(stored.shape),
+            DTYPE_NAMES[held.dtype],
+            tuple(held.shape),
             entries.position_N.cpu().numpy(),
             unsigned(entries.before_bits_N),
             unsigned(entries.after_bits_N),
@@ -292,11 +322,13 @@ class Transaction:
         """
         square = _square(gradient)
         self._square = square if self._square is None else self._square + square
-        stored = self.weights.tensors[name]
-        window = stored[first_row : first_row + len(gradient)] if row_R is None else stored[row_R]
-        after = _rounded(window, gradient, self.lr * self._factor(self._square.sqrt()))
-        kept_N = torch.nonzero(bits_of(after) != bits_of(window.contiguous())).view(-1)
-        width = stored.numel() // len(stored)
+        held = self.weights.held[name]
+        rows = slice(first_row, first_row + len(gradient)) if row_R is None else row_R
+        before = held.rows(rows, held.dtype)
+        step = self.lr * self._factor(self._square.sqrt())
+        after = rounded(before, gradient, step, held.coarse(rows))
+        kept_N = torch.nonzero(bits_of(after) != bits_of(before.contiguous())).view(-1)
+        width = math.prod(held.shape[1:])
         if row_R is None:
             position_N = kept_N + first_row * width
         else:
@@ -320,8 +352,9 @@ class Transaction:
             position_N = torch.cat([p for p, _ in chunks])
             gradient_N = torch.cat([g for _, g in chunks])
             position_N, order_N = torch.sort(position_N)
-            before_N = self.weights.tensors[name].view(-1)[position_N]
-            after_N = _rounded(before_N, gradient_N[order_N], self.lr * factor)
+            held = self.weights.held[name]
+            before_N = held.at(position_N)
+            after_N = rounded(before_N, gradient_N[order_N], self.lr * factor, held.coarse_at(position_N))
             differs_N = bits_of(after_N) != bits_of(before_N)
             if bool(differs_N.any()):
                 changed[name] = Changed(
@@ -338,8 +371,3 @@ def _square(gradient: Tensor) -> Tensor:
     whole = flat.numel() // 4096 * 4096
     norm_X = torch.linalg.vector_norm(flat[:whole].view(-1, 4096), dim=1)
     return norm_X.double().square().sum() + flat[whole:].double().square().sum()
-
-
-def _rounded(weight: Tensor, gradient: Tensor, step: Tensor) -> Tensor:
-    """w' of the update rule; float32 arithmetic, one rounding. `step` is lr * c, a 0-d tensor."""
-    return (weight.float() - step.float() * gradient.float()).to(weight.dtype)

@@ -19,7 +19,7 @@ LEVELS = [
     ["container", "codes", "patch", "config", "rollout", "tasks", "console"],
     ["undo", "checkpoint", "workers", "answers"],
     ["live", "problems", "reward", "loss", "memory", "models"],
-    ["doctor", "weights"],
+    ["doctor", "storage", "weights"],
     ["decoder"],
     ["policy", "learn", "generate.cache", "generate.engine"],
     ["evaluate", "journal"],

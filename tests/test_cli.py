@@ -157,6 +157,15 @@ def test_the_policy_of_any_step_can_be_had(trained: Path, tmp_path: Path) -> Non
     assert "has 3 steps" in refused("patch", "at", trained / "run", "--step", "4", "-o", "x", cwd=tmp_path)
 
 
+def test_the_policy_of_a_step_of_an_int8_run_is_its_exported_patch(tmp_path: Path) -> None:
+    done = run("train", "-o", "run", *SMALL, "--set", "model.weights=int8", cwd=tmp_path)
+    assert "lost to rounding" in done.stdout
+    run("patch", "at", "run", "--step", "3", "-o", "three.safetensors", cwd=tmp_path)
+    made, final = (Patch.load(tmp_path / p) for p in ("three.safetensors", "run/patch.safetensors"))
+    assert made.tensors == final.tensors
+    assert made.base == final.base
+
+
 def test_ctrl_c_ends_after_the_step_with_everything_saved(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "frugal_rl", "train", "-o", "run", *SMALL, "--set", "train.steps=400"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}

@@ -207,6 +207,7 @@ def test_a_value_where_a_section_belongs_is_refused():
         ("data.heldout=[1]", "[1]", "an integer at least 1 or a text"),
         ("data.format=chatt", '"chatt"; the nearest is "chat"', 'one of "chat", "plain"'),
         ("reward.kind=maths", '"maths"; the nearest is "math"', '"numeric", "last"'),
+        ("model.weights=int4", '"int4"; the nearest is "int8"', 'one of "bf16", "int8"'),
         ("loss.algorithm=ppo", '"ppo"', '"grpo", "dr_grpo", "dapo", "rloo", "reinforce++"'),
     ],
 )
@@ -220,7 +221,6 @@ def test_a_wrong_value_is_refused_with_what_was_got_and_what_was_expected(overri
 @pytest.mark.parametrize(
     ("override", "only"),
     [
-        ("model.weights=int8", "bf16"),
         ("model.reference=Qwen/Qwen2.5-7B", "base"),
         ("rollout.generator=llama.cpp", "engine"),
         ("learner.kind=adamw", "sgd"),

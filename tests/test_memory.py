@@ -36,6 +36,13 @@ def make_plan(**changes: Any) -> Plan:
     return plan(Shape.from_config(QWEN_7B), **{**settings, **changes})
 
 
+def test_int8_weights_take_a_byte_an_entry_and_a_layer_in_the_compute_format() -> None:
+    low, whole = make_plan(storage_bytes=1), make_plan()
+    assert low.weights_bytes * 2 == whole.weights_bytes
+    assert low.budget_bytes == whole.budget_bytes
+    assert low.micro_tokens >= whole.micro_tokens
+
+
 def test_parameters_of_a_known_model() -> None:
     # the model card says 7.62 G; norms and biases are left out
     assert Shape.from_config(QWEN_7B).parameters == pytest.approx(7.616e9, rel=1e-3)

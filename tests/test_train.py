@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from frugal_rl import checkpoint
 from frugal_rl import train as loop
 from frugal_rl.config import Recipe, load_recipe
 from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.journal import Journal
+from frugal_rl.patch import Patch
 from frugal_rl.reward import Judgement, Verdict
 from frugal_rl.weights import bits_of
 
@@ -337,3 +339,85 @@ def test_metrics_hold_no_number_that_json_cannot(tiny: loop.Session, tmp_path: P
     journal = Journal.create(tmp_path / "run", tiny.recipe, force=False)
     row: dict[str, Any] = loop._step(tiny, journal, 1, QUIET)
     assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+INT8 = [*SMALL, "model.weights=int8"]
+
+
+def test_an_int8_run_that_is_resumed_ends_as_one_that_was_never_stopped(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny", INT8)
+    patches, summaries, policies = [], [], []
+    for name, stops in (("whole", [False]), ("halves", [True, False])):
+        folder = tmp_path / name
+        for part, stop in enumerate(stops):
+            with session_of(recipe) as session:
+                if part:
+                    journal, _ = Journal.open(folder)
+                    loop.resume(session, journal, QUIET)
+                else:
+                    journal = Journal.create(folder, recipe, force=False)
+                summary = loop.train(session, journal, QUIET, lambda stop=stop: stop)
+                if stop:
+                    assert summary["steps"] == 1
+                    assert summary["accuracy_exported"] is None
+                policy = {k: v.clone() for k, v in session.policy.weights.tensors.items()}
+        patches.append((folder / "patch.safetensors").read_bytes())
+        summaries.append(summary)
+        policies.append(policy)
+    assert same_bits(*policies)
+    assert patches[0] == patches[1]
+    assert summaries[0]["steps"] == 2
+    assert summaries[0]["accuracy_exported"]["problems"] == 8
+    assert 0 < summaries[0]["export_lost"] < summaries[0]["changed_any"]
+
+
+def test_an_int8_runs_patch_is_for_the_checkpoint_and_scores_there_what_the_summary_says(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    recipe = load_recipe("tiny", INT8)
+    with session_of(recipe) as session:
+        journal = Journal.create(tmp_path / "run", recipe, force=False)
+        summary = loop.train(session, journal, QUIET, lambda: False)
+        learned = snapshot(session)
+    patch = Patch.load(tmp_path / "run" / "patch.safetensors")
+    assert checkpoint.verify(tiny_folder, patch).state == "base"
+    assert patch.meta["metrics"]["export_lost"] == summary["export_lost"]
+    assert sum(map(len, patch.tensors.values())) == summary["changed_any"] - summary["export_lost"]
+    with session_of(load_recipe("tiny", SMALL)) as session:
+        session.policy.weights.write_patch_(patch)
+        assert loop._heldout(session).score.value == summary["accuracy_exported"]["value"]
+        gap = max(float((learned[k] - v).abs().max()) for k, v in snapshot(session).items())
+        assert 0 < gap < 0.02  # half a step of the coarsest row
+
+
+def test_a_bf16_runs_summary_says_nothing_of_an_export(tiny: loop.Session, tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "run", tiny.recipe, force=False)
+    summary = loop.train(tiny, journal, QUIET, lambda: True)
+    assert not {"export_lost", "accuracy_exported"} & set(summary)
+
+
+def test_the_reference_of_an_int8_policy_is_its_base() -> None:
+    with session_of(load_recipe("tiny", [*INT8, "loss.kl=0.1"])) as session:
+        groups = groups_of(session, lambda i: float(i == 0))
+        rollouts = groups[0].rollouts
+        reference = session.learner.log_probs(rollouts)
+        first = loop._learn(session, groups, loop._Clock())
+        assert first is not None and first.stats["kl"] == 0.0
+        moved = session.learner.log_probs(rollouts)
+        with session.policy.weights.base():
+            assert torch.equal(session.learner.log_probs(rollouts), reference)
+        assert not torch.equal(moved, reference)
+
+
+def test_a_whole_checkpoint_that_does_not_fit_beside_the_policy_is_not_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, said = load_recipe("tiny", INT8), list[str]()
+    with session_of(recipe) as session:
+        journal = Journal.create(tmp_path / "run", recipe, force=False)
+        small = replace(recipe, memory=replace(recipe.memory, budget="1MiB"))
+        report = loop.Reporter(said.append, lambda row: None)
+        summary = loop.train(replace(session, recipe=small), journal, report, lambda: False)
+    assert summary["accuracy_exported"] is None
+    assert summary["accuracy_after"] is not None
+    assert any("does not fit" in line for line in said)

@@ -138,7 +138,7 @@ def test_the_overlay_is_sorted_and_holds_the_first_bits_of_each_entry() -> None:
             touched[name] |= set(changed.position_N.tolist())
     for name, overlay in weights.overlay.items():
         assert overlay.position_N.tolist() == sorted(touched[name])
-        assert torch.equal(overlay.base_bits_N, bits_of(base[name])[overlay.position_N])
+        assert torch.equal(overlay.bits_N, bits_of(base[name])[overlay.position_N])
 
 
 def test_the_patch_leads_from_the_base_to_the_policy() -> None:

@@ -1,0 +1,295 @@
+"""How one tensor of the policy is held: whole (`Plain`), or in one byte an entry (`Quantised`).
+
+Both are read in any compute format, changed entry by entry, and lead back to their base. What the tensor
+itself does not hold of {base, policy} is its overlay, sorted positions with bits:
+
+                   the tensor                              the overlay
+    Plain          the policy, in the checkpoint's format  the base's bits of changed entries
+    Quantised      the base, frozen: codes and scales      the policy's bits of changed entries
+
+A quantised matrix has an int8 code for each entry and a float32 absmax for each row. Its base is
+
+    base = bf16( code * absmax * float32(1 / 127) ),   code = round( w * (127 / absmax) ),
+
+a function of the checkpoint alone; the policy is the base with the overlay's bits laid over it.
+
+Update rule. With exact = float32(w) - step * float32(g), step = lr * c, an entry becomes
+
+    w' = round_to_format( exact )                                   Plain, and Quantised where code != 0
+    w' = exact rounded to a multiple of u if |exact| < 128 u,       Quantised where code == 0
+         else bf16( exact ),   u = ulp_bf16( s / 4 ), s = absmax / 127 the row's quantisation step
+
+Next to 0 every number has a bf16 of its own, so every entry whose code is 0 would change at every step;
+the grid is that of a weight of a quarter of the step. Above 128 u bf16's own grid is u or coarser: the
+two meet, so the rule is monotonic in `exact`, and clipping stays exact (weights.py). A result of 0 is +0.
+A row of zeros has no step: it rounds as bf16 does.
+
+Source: the quantiser's numbers are bitsandbytes' int8_vectorwise_quant and int8_vectorwise_dequant.
+Differs: written out here, because there the CUDA kernel takes fp16 only, a row of zeros divides by 0, and
+the import takes seconds; a test holds the two to the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INTEGERS = {2: torch.int16, 4: torch.int32}
+RECIPROCAL = 7.874015748698502e-3  # 1 / 127, as bitsandbytes writes it
+BLOCK = 1 << 20  # entries that are quantised or dequantised at a time: 4 MiB in float32
+SMALLEST_ABSMAX = 1e-30  # stands for 0 where it would be divided by
+
+Rows = slice | Tensor
+Coarse = tuple[Tensor, Tensor]  # flat indices, and the unit u at each
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The same storage read as signed integers of the same width, flat."""
+    return tensor.view(INTEGERS[tensor.element_size()]).view(-1)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Entries of one tensor that a step changed: sorted flat positions, bits before and after."""
+
+    position_N: Tensor
+    before_bits_N: Tensor
+    after_bits_N: Tensor
+
+
+@dataclass
+class Overlay:
+    """Sorted flat positions, and bits that the tensor below does not hold (see the module's table)."""
+
+    position_N: Tensor
+    bits_N: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor) -> Overlay:
+        """For entries of the dtype and on the device of `like`."""
+        position_N = torch.zeros(0, dtype=torch.int64, device=like.device)
+        return cls(position_N, torch.zeros(0, dtype=INTEGERS[like.element_size()], device=like.device))
+
+    def __len__(self) -> int:
+        return len(self.position_N)
+
+    @property
+    def nbytes(self) -> int:
+        return self.position_N.nbytes + self.bits_N.nbytes
+
+    def find(self, position_M: Tensor) -> tuple[Tensor, Tensor]:
+        """For each position its slot here, and whether it is there at all."""
+        if not len(self):
+            return torch.zeros_like(position_M), torch.zeros_like(position_M, dtype=torch.bool)
+        slot_M = torch.searchsorted(self.position_N, position_M).clamp_(max=len(self) - 1)
+        return slot_M, self.position_N[slot_M] == position_M
+
+    def put_(self, position_M: Tensor, bits_M: Tensor, *, overwrite: bool) -> None:
+        """Add entries, sorted; those already there keep their bits unless `overwrite`."""
+        slot_M, found_M = self.find(position_M)
+        if overwrite:
+            self.bits_N[slot_M[found_M]] = bits_M[found_M]
+        position_N = torch.cat([self.position_N, position_M[~found_M]])
+        self.position_N, order_N = torch.sort(position_N)
+        self.bits_N = torch.cat([self.bits_N, bits_M[~found_M]])[order_N]
+
+
+def rounded(before: Tensor, gradient: Tensor, step: Tensor, coarse: Coarse | None) -> Tensor:
+    """w' of the update rule. `step` is lr * c, a 0-d tensor; `coarse`: where the grid is not the format's."""
+    exact = before.float() - step.float() * gradient.float()
+    after = exact.to(before.dtype)
+    if coarse is not None:
+        index_M, unit_M = coarse
+        exact_M = exact.view(-1)[index_M]
+        on_grid_M = torch.round(exact_M / unit_M) * unit_M + 0.0  # -0 + 0 is +0
+        small_M = exact_M.abs() < 128 * unit_M
+        after.view(-1)[index_M] = torch.where(small_M, on_grid_M.to(after.dtype), after.view(-1)[index_M])
+    return after
+
+
+class Plain:
+    """A tensor in the checkpoint's format, changed in place."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.overlay = Overlay.empty(tensor)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def whole(self, dtype: torch.dtype) -> Tensor | None:
+        """The storage itself if it is of that format."""
+        return self.tensor if self.tensor.dtype == dtype else None
+
+    def copy_to_(self, out: Tensor) -> Tensor:
+        return out.copy_(self.tensor)
+
+    def rows(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Those rows; `rows` is a slice, or row numbers of any shape."""
+        return self.tensor[rows].to(dtype)
+
+    def at(self, position_N: Tensor) -> Tensor:
+        """Entries by flat position."""
+        return self.tensor.view(-1)[position_N]
+
+    def coarse(self, rows: Rows) -> Coarse | None:
+        """Where among those rows the update rule has a coarser grid than the format's."""
+        return None
+
+    def coarse_at(self, position_N: Tensor) -> Coarse | None:
+        return None
+
+    def write_(self, entries: Changed) -> None:
+        bits_of(self.tensor)[entries.position_N] = entries.after_bits_N
+        self.overlay.put_(entries.position_N, entries.before_bits_N, overwrite=False)
+
+    def difference(self) -> Changed:
+        """From the base to the policy, over all entries that any step has changed."""
+        position_N = self.overlay.position_N
+        return Changed(position_N, self.overlay.bits_N, bits_of(self.tensor)[position_N])
+
+    def take_off_(self) -> Overlay:
+        """Be the base; `put_back_` with what this returns makes it the policy again."""
+        position_N = self.overlay.position_N
+        policy = Overlay(position_N, bits_of(self.tensor)[position_N])
+        bits_of(self.tensor)[position_N] = self.overlay.bits_N
+        return policy
+
+    def put_back_(self, policy: Overlay) -> None:
+        bits_of(self.tensor)[policy.position_N] = policy.bits_N
+
+
+class Quantised:
+    """A matrix as frozen codes [O, I] and a scale a row; the policy's changed entries lie over it."""
+
+    dtype = torch.bfloat16  # of a value
+
+    def __init__(self, code_OI: Tensor, absmax_O: Tensor) -> None:
+        self.code_OI, self.absmax_O = code_OI, absmax_O
+        self.shape = code_OI.shape
+        self.overlay = Overlay.empty(torch.empty(0, dtype=self.dtype, device=code_OI.device))
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], device: torch.device) -> Quantised:
+        code_OI = torch.empty(shape, dtype=torch.int8, device=device)
+        return cls(code_OI, torch.empty(shape[0], dtype=torch.float32, device=device))
+
+    @classmethod
+    def of(cls, weight_OI: Tensor) -> Quantised:
+        made = cls.empty(tuple(weight_OI.shape), weight_OI.device)
+        made.quantise_rows_(0, weight_OI)
+        return made
+
+    def quantise_rows_(self, first_row: int, weight_RI: Tensor) -> None:
+        """Set the codes and scales of rows from `first_row` on."""
+        for start, stop in self._blocks(len(weight_RI)):
+            here = slice(first_row + start, first_row + stop)
+            part_RI = weight_RI[start:stop].to(self.code_OI.device).float()
+            absmax_R = part_RI.abs().amax(1)
+            self.absmax_O[here] = absmax_R
+            factor_R = 127.0 / absmax_R.clamp(min=SMALLEST_ABSMAX)
+            self.code_OI[here] = torch.round(part_RI * factor_R[:, None]).to(torch.int8)
+
+    def _blocks(self, rows: int) -> list[tuple[int, int]]:
+        step = max(1, BLOCK // self.shape[1])
+        return [(a, min(a + step, rows)) for a in range(0, rows, step)]
+
+    @property
+    def nbytes(self) -> int:
+        """Of codes, scales and the overlay."""
+        return self.code_OI.nbytes + self.absmax_O.nbytes + self.overlay.nbytes
+
+    def whole(self, dtype: torch.dtype) -> Tensor | None:
+        return None
+
+    def _dequantise_to_(self, out_RI: Tensor, code_RI: Tensor, absmax_R: Tensor) -> Tensor:
+        """The base's values of the same rows, block by block."""
+        for start, stop in self._blocks(len(code_RI)):
+            value_BI = code_RI[start:stop] * absmax_R[start:stop, None]
+            out_RI[start:stop] = value_BI.mul_(RECIPROCAL).to(self.dtype)
+        return out_RI
+
+    def copy_to_(self, out: Tensor) -> Tensor:
+        """The whole policy's matrix. In place."""
+        self._dequantise_to_(out, self.code_OI, self.absmax_O)
+        out.view(-1)[self.overlay.position_N] = self.overlay.bits_N.view(self.dtype).to(out.dtype)
+        return out
+
+    def rows(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """As Plain.rows. Syncs with the device."""
+        if isinstance(rows, slice):
+            code_RI, absmax_R, shape = self.code_OI[rows], self.absmax_O[rows], None
+        else:
+            shape, rows = rows.shape, rows.reshape(-1)
+            code_RI, absmax_R = self.code_OI[rows], self.absmax_O[rows]
+        out_RI = torch.empty(code_RI.shape, dtype=dtype, device=code_RI.device)
+        self._dequantise_to_(out_RI, code_RI, absmax_R)
+        if len(self.overlay):
+            slot_N, index_N = self._over(rows)
+            out_RI.view(-1)[index_N] = self.overlay.bits_N[slot_N].view(self.dtype).to(dtype)
+        return out_RI if shape is None else out_RI.view(*shape, -1)
+
+    def _over(self, rows: Rows) -> tuple[Tensor | slice, Tensor]:
+        """The overlay's slots that lie in those rows, and their flat indices among them."""
+        width, position_N = self.shape[1], self.overlay.position_N
+        if isinstance(rows, slice):
+            ends = torch.tensor([rows.start * width, rows.stop * width], device=position_N.device)
+            low, high = torch.searchsorted(position_N, ends).tolist()
+            return slice(low, high), position_N[low:high] - rows.start * width
+        low_R = torch.searchsorted(position_N, rows * width)
+        count_R = torch.searchsorted(position_N, (rows + 1) * width) - low_R
+        row_N = torch.repeat_interleave(count_R)
+        rank_N = torch.arange(len(row_N), device=rows.device) - (count_R.cumsum(0) - count_R)[row_N]
+        slot_N = low_R[row_N] + rank_N
+        return slot_N, position_N[slot_N] + (row_N - rows[row_N]) * width
+
+    def _base_at(self, position_N: Tensor) -> Tensor:
+        code_N = self.code_OI.view(-1)[position_N]
+        return (code_N * self.absmax_O[position_N // self.shape[1]]).mul_(RECIPROCAL).to(self.dtype)
+
+    def at(self, position_N: Tensor) -> Tensor:
+        """Entries by flat position."""
+        value_N = self._base_at(position_N)
+        slot_N, found_N = self.overlay.find(position_N)
+        value_N[found_N] = self.overlay.bits_N[slot_N[found_N]].view(self.dtype)
+        return value_N
+
+    def _units(self, row_N: Tensor) -> Tensor:
+        """u of those rows: 2 ** (floor(log2(s / 4)) - 7)."""
+        step_N = self.absmax_O[row_N].clamp(min=SMALLEST_ABSMAX) * RECIPROCAL
+        power_N = (step_N.view(torch.int32) & 0x7F800000).view(torch.float32)  # the exponent without the rest
+        return power_N * 2.0**-9
+
+    def coarse(self, rows: Rows) -> Coarse | None:
+        """Where among those rows the code is 0."""
+        row_N, column_N = torch.nonzero(self.code_OI[rows] == 0, as_tuple=True)
+        index_N = row_N * self.shape[1] + column_N
+        return index_N, self._units(row_N + rows.start if isinstance(rows, slice) else rows[row_N])
+
+    def coarse_at(self, position_N: Tensor) -> Coarse | None:
+        index_M = torch.nonzero(self.code_OI.view(-1)[position_N] == 0).view(-1)
+        return index_M, self._units(position_N[index_M] // self.shape[1])
+
+    def write_(self, entries: Changed) -> None:
+        self.overlay.put_(entries.position_N, entries.after_bits_N, overwrite=True)
+
+    def difference(self) -> Changed:
+        """As Plain.difference."""
+        position_N = self.overlay.position_N
+        return Changed(position_N, bits_of(self._base_at(position_N)), self.overlay.bits_N)
+
+    def take_off_(self) -> Overlay:
+        """As Plain.take_off_."""
+        policy = self.overlay
+        self.overlay = Overlay(policy.position_N[:0], policy.bits_N[:0])
+        return policy
+
+    def put_back_(self, policy: Overlay) -> None:
+        self.overlay = policy
+
+
+Held = Plain | Quantised
