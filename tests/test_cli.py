@@ -64,8 +64,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_train_prints_a_line_a_step_and_the_commands_that_follow(tmp_path: Path) -> None:
-    done = run("train", "-o", "run", *SMALL, cwd=tmp_path)
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_train_prints_a_line_a_step_and_the_commands_that_follow(weights: str, tmp_path: Path) -> None:
+    done = run("train", "-o", "run", *SMALL, "--set", f"model.weights={weights}", cwd=tmp_path)
+    assert ("lost to rounding" in done.stdout) == (weights == "int8")
     for word in ("reward", "no signal", "length", "truncated", "norm", "changed", "tok/s", "peak", "left"):
         assert word in done.stderr, word
     assert done.stderr.count("step ") == 3
