@@ -30,7 +30,7 @@ from .generate.engine import Engine
 from .journal import Journal
 from .learn import Learner, Step
 from .loss import ALGORITHMS, advantages, advantages_with_kl, kl_loss, overlong_penalty, policy_loss
-from .memory import Plan, Shape, host_bytes, peak_resident_bytes, plan
+from .memory import Plan, Shape, Work, host_bytes, peak_resident_bytes, plan
 from .models import ModelFiles, find_model, load_tokenizer
 from .policy import Policy, best_device, load_policy
 from .problems import Problem, ProblemSet, draw, load_problems
@@ -141,16 +141,16 @@ def divide(files: ModelFiles, recipe: Recipe, longest_prompt: int, device: torch
         cuda = device.type == "cuda"
         budget = torch.cuda.mem_get_info(device)[0] if cuda else host_bytes() * 3 // 4
     storage = files.storage_bytes()
-    return plan(
-        Shape.from_config(files.config),
-        budget_bytes=budget,
-        storage_bytes=storage,
-        compute_bytes=storage if device.type == "cuda" else 4,
+    work = Work(
         sequences=recipe.rollout.prompts * recipe.rollout.samples,
         prompt_tokens=longest_prompt,
         response_tokens=recipe.rollout.max_tokens,
+        storage_bytes=storage,
+        compute_bytes=storage if device.type == "cuda" else 4,
         has_host=device.type == "cuda",
+        form=recipe.model.weights,
     )
+    return plan(Shape.from_config(files.config), work, budget)
 
 
 def _drop_bad_golds(problems: ProblemSet, verifier: Verifier, report: Reporter) -> ProblemSet:
@@ -456,7 +456,8 @@ def _finish(
         "train_seconds": train_s,
         "session_seconds": wall_s,
         "peak_memory_bytes": peak_memory_bytes(device),
-        "plan": asdict(session.plan),
+        "planned_memory_bytes": session.plan.peak_bytes + session.policy.held_bytes,
+        "plan": session.plan.as_json(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
     journal.write_json("summary.json", summary)
