@@ -30,7 +30,7 @@ from .generate.engine import Engine
 from .journal import Journal
 from .learn import Learner, Step
 from .loss import ALGORITHMS, advantages, advantages_with_kl, kl_loss, overlong_penalty, policy_loss
-from .memory import Plan, Shape, Work, host_bytes, peak_resident_bytes, plan
+from .memory import Plan, Shape, Work, host_bytes, peak_resident_bytes, plan, return_large_blocks
 from .models import ModelFiles, find_model, load_tokenizer
 from .policy import Policy, best_device, load_policy
 from .problems import Problem, ProblemSet, draw, load_problems
@@ -90,6 +90,8 @@ def open_session(
     Without `training` only the held-out problems are kept.
     """
     device = device or best_device()
+    if device.type == "cpu":
+        return_large_blocks()
     files = find_model(recipe.model.name)
     tokenizer = load_tokenizer(files)
     problems = load_problems(recipe.data, tokenizer, recipe.data.max_prompt_tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -89,6 +91,25 @@ def test_what_does_not_fit_is_refused_with_the_figure_that_would() -> None:
         make_plan(12)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="is glibc's habit")
+@pytest.mark.parametrize("call,kept_mib", [("return_large_blocks()", 0), ("", 16)])
+def test_large_blocks_go_back_to_the_system(call: str, kept_mib: int) -> None:
+    code = f"""if True:
+        from frugal_rl.memory import return_large_blocks
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+        {call}
+        block = b"x" * (24 << 20)
+        del block  # now glibc keeps blocks of up to 24 MiB
+        block = b"x" * (16 << 20)
+        above = b"x" * (6 << 20)  # what a step holds on to
+        full = resident()
+        del block
+        print(16 - full + resident())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert abs(int(done.stdout) - kept_mib) <= 1
+
+
 def test_the_peak_covers_what_this_process_holds() -> None:
     before = peak_resident_bytes()
     block = b"x" * (64 << 20)
@@ -143,7 +164,7 @@ def test_more_work_never_needs_less() -> None:
 
 
 def test_what_would_fit_does_and_one_more_does_not() -> None:
-    shape, budget = Shape.from_config(QWEN_7B), 17 * GIB
+    shape, budget = Shape.from_config(QWEN_7B), 35 * GIB // 2
     advice = what_would(shape, WORK, budget)
     found = re.match(r"(\d+) sequences of 1024 tokens or 64 sequences with max_tokens = (\d+) would", advice)
     assert found is not None, advice
