@@ -13,18 +13,21 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import click
 
-from .config import Recipe, list_recipes, load_recipe, read_recipe, toml_value
+from .config import Model as ModelSection
+from .config import Recipe, list_recipes, load_recipe, parse_bytes, read_recipe, toml_value
 from .console import Console, size
 from .errors import FrugalError, InputError
 
 Overrides = tuple[str, ...]
 DEFAULT_RECIPE = "tiny"
+PLAN_RECIPE = "math-qwen2.5-7b-24gib"  # batch and lengths of a plan that names a model alone
+PLAN_MEMORY = "24GiB"  # one consumer GPU
 RESUMABLE = frozenset({"train.steps", "train.eval_every", "memory.budget"})
 
 
@@ -211,7 +214,8 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
         )
     lines += [
         f"steps              {summary['steps']} in {summary['train_seconds']:.0f} s, "
-        f"peak memory {size(summary['peak_memory_bytes'])}",
+        f"peak memory {size(summary['peak_memory_bytes'])}, "
+        f"planned {size(summary['planned_memory_bytes'])}",
         f"changed entries    {entries:,} of {summary['parameters']:,} ({share:.2%}) in any bit, "
         f"{summary['changed_1e5']:,} by more than 1e-5",
         f"patch              {summary['patch']}, {summary['patch_bytes']:,} bytes{each}",
@@ -230,6 +234,89 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
             f"go on              {go_on}",
         ]
     )
+
+
+# --- plan
+
+
+@cli.command("plan")
+@click.argument("model", required=False)
+@click.option("--recipe", metavar="NAME|FILE", help="Where the values below come from if not given.")
+@click.option("--memory", metavar="SIZE", help="The budget, such as 24GiB.")
+@click.option("--device", type=click.Choice(["gpu", "cpu"]), default="gpu", help="[gpu]")
+@click.option("--prompts", type=click.IntRange(1), help="Prompts a step.")
+@click.option("--samples", type=click.IntRange(1), help="Responses to each prompt.")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Of the longest prompt.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Of a response.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan_command(
+    model: str | None,
+    recipe: str | None,
+    memory: str | None,
+    device: str,
+    prompts: int | None,
+    samples: int | None,
+    prompt_tokens: int | None,
+    max_tokens: int | None,
+    as_json: bool,
+) -> None:
+    """Say what fits before anything is loaded, from the config.json of MODEL alone.
+
+    MODEL is a folder, a hub name or a known model such as Qwen2.5-7B. Without --recipe, a MODEL gets the
+    lengths of math-qwen2.5-7b-24gib. Exit code 2 if it does not fit in the form the recipe asks for.
+    """
+    from . import memory as planner
+    from .shapes import find_shape
+
+    config = load_recipe(recipe or (PLAN_RECIPE if model else DEFAULT_RECIPE))
+    model = model or config.model.name
+    shape, storage_bytes = find_shape(model)
+    prompts, samples = prompts or config.rollout.prompts, samples or config.rollout.samples
+    on_gpu = device == "gpu"
+    budget = parse_bytes(memory) if memory is not None else config.memory.budget_bytes
+    if budget is None:
+        budget = parse_bytes(PLAN_MEMORY) if on_gpu else planner.host_bytes() * 3 // 4
+    work = planner.Work(
+        sequences=prompts * samples,
+        prompt_tokens=prompt_tokens or config.data.max_prompt_tokens,
+        response_tokens=max_tokens or config.rollout.max_tokens,
+        storage_bytes=storage_bytes,
+        compute_bytes=storage_bytes if on_gpu else planner.FLOAT32_BYTES,
+        has_host=on_gpu,
+    )
+    # without a GPU there is no other memory to hold the checkpoint in
+    works = {name: replace(work, form=name) for name, f in planner.FORMS.items() if on_gpu or not f.host}
+    plans = {form: planner.lay_out(shape, w, budget) for form, w in works.items()}
+    would = {
+        form: None if p.fits else planner.what_would(shape, works[form], budget) for form, p in plans.items()
+    }
+    trained = get_args(get_type_hints(ModelSection)["weights"])
+    value = {
+        "model": model,
+        "parameters": shape.parameters,
+        "device": device,
+        "budget_bytes": budget,
+        "prompts": prompts,
+        "samples": samples,
+        "prompt_tokens": work.prompt_tokens,
+        "max_tokens": work.response_tokens,
+        "forms": {f: {**p.as_json(), "trained": f in trained, "would": would[f]} for f, p in plans.items()},
+    }
+
+    def text() -> str:
+        head = (
+            f"{model}: {planner.count(shape.parameters)} parameters; {device}, {size(budget)}; "
+            f"{prompts} prompts x {samples} samples, "
+            f"up to {work.prompt_tokens} + {work.response_tokens} tokens"
+        )
+        advice = [f"{form}: {ways}" for form, ways in would.items() if ways is not None]
+        later = [f for f in plans if f not in trained]
+        notes = [f"planned: {', '.join(later)}; train refuses them today"] if later else []
+        return "\n".join([head, "", planner.table(plans, later), "", *advice, *notes]).rstrip()
+
+    _print(value, as_json, text)
+    if not plans[config.model.weights].fits:
+        sys.exit(2)
 
 
 # --- eval

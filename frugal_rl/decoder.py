@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .shapes import SUPPORTED
 from .weights import Weights
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 ATTENTION = "frugal_rl"
 HEAD_BLOCK_BYTES = 32 << 20  # one block of the head's rows, and one block of logits, in the compute format
 RESIDENT_BYTES = 64 << 20  # copies of all layers in the compute format may stay while sampling, up to this

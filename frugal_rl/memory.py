@@ -4,25 +4,36 @@ The phases take turns on one device: the KV pool exists only while generating, b
 gradients only while learning. So the budget must hold the larger of
 
     generating: weights + slots * (KV entries + logits) + prefill
-    learning:   weights + boundary states + one layer's gradient + one micro-batch's activations
+    learning:   weights + boundary states + one layer's gradient + head + one micro-batch's activations
 
-and what is left over the fixed parts decides `slots` and `micro_tokens`, the two numbers that nobody
-should have to choose. Everything is computed from the model's config and the lengths. No torch.
+(in both, a layer's copy where the weights are not stored in the format that is computed in), and what
+is left over the fixed parts decides `slots` and `micro_tokens`, the two numbers that nobody should have
+to choose. Everything is computed from the model's config and the lengths. No torch.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .console import size
 from .errors import InputError
 
 FLOAT32_BYTES = 4
+M_MMAP_THRESHOLD = -3  # mallopt's name for it
+# of all entries, those that a step or the patch holds: 2.5 times the 0.16 % measured after ten steps of a 7B
+# model (a replication of arXiv 2602.07729); small or random models change more
+CHANGED_SHARE = 0.004
+PATCH_BYTES = 10  # an entry of the patch: its position and the base's bits
+WAITING_BYTES = 8  # an entry that waits for the commit: its position and gradient
 HEAD_BYTES = 4 * (32 << 20)  # the head's blocks: rows, their gradient, logits and a copy (decoder.py)
+RESIDENT_BYTES = 64 << 20  # copies of all layers may stay while sampling, up to this (decoder.py)
 # the most tokens that go through a layer together: on a GPU its products gain nothing beyond; on a CPU the
 # activations stay in the cache (the embedded model learns 1.6 times as fast as with 4096)
 MOST_MICRO_TOKENS = {"device": 8192, "host": 1024}
@@ -62,82 +73,201 @@ class Shape:
         return attention + 3 * self.hidden * self.intermediate
 
     @property
+    def rows(self) -> int:
+        """Rows of all matrices: each has a scale where weights are held in int8."""
+        layer = (self.heads + 2 * self.kv_heads) * self.head_size + 2 * self.hidden + 2 * self.intermediate
+        return self.layers * layer + self.vocabulary * (1 if self.tied else 2)
+
+    @property
     def parameters(self) -> int:
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + embeddings
 
 
 @dataclass(frozen=True)
+class Form:
+    """A way to hold the weights (DESIGN.md 2): bytes of a matrix entry and of a matrix row.
+
+    `entry_bytes` None: as the checkpoint stores it. `host`: the checkpoint's entries are in host memory too.
+    """
+
+    entry_bytes: int | None
+    row_bytes: int
+    host: bool
+
+
+FORMS = {
+    "bf16": Form(entry_bytes=None, row_bytes=0, host=False),
+    "int8": Form(entry_bytes=1, row_bytes=FLOAT32_BYTES, host=False),
+    "host": Form(entry_bytes=1, row_bytes=FLOAT32_BYTES, host=True),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step has to hold: rollouts, their longest lengths, and the formats it computes in.
+
+    `storage_bytes`, `compute_bytes`: of an entry. `has_host`: the device has a host with memory of its
+    own, so that boundary states may go there.
+    """
+
+    sequences: int
+    prompt_tokens: int
+    response_tokens: int
+    storage_bytes: int
+    compute_bytes: int
+    has_host: bool
+    form: str = "bf16"
+
+    @property
+    def longest(self) -> int:
+        return self.prompt_tokens + self.response_tokens
+
+
+@dataclass(frozen=True)
 class Plan:
-    """How the budget is divided. `boundary_on_host`: whether states at layer boundaries leave the device."""
+    """How the budget is divided. `boundary_on_host`: whether states at layer boundaries leave the device.
+
+    `generating`, `learning`: bytes on the device by part; `host`: bytes in the memory of its host.
+    `least_bytes`: the smallest budget that this work fits in.
+    """
 
     slots: int
     micro_tokens: int
     boundary_on_host: bool
     budget_bytes: int
-    weights_bytes: int
-    generating_bytes: int
-    learning_bytes: int
+    least_bytes: int
+    generating: Mapping[str, int]
+    learning: Mapping[str, int]
+    host: Mapping[str, int]
+
+    @property
+    def fits(self) -> bool:
+        return self.least_bytes <= self.budget_bytes
+
+    @property
+    def generating_bytes(self) -> int:
+        return sum(self.generating.values())
+
+    @property
+    def learning_bytes(self) -> int:
+        return sum(self.learning.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the larger phase."""
+        return max(self.generating_bytes, self.learning_bytes)
+
+    def as_json(self) -> dict[str, Any]:
+        """Every field and sum."""
+        sums = ("fits", "generating_bytes", "learning_bytes", "host_bytes", "peak_bytes")
+        return {**asdict(self), **{name: getattr(self, name) for name in sums}}
 
 
-def plan(
-    shape: Shape,
-    *,
-    budget_bytes: int,
-    storage_bytes: int,
-    compute_bytes: int,
-    sequences: int,
-    prompt_tokens: int,
-    response_tokens: int,
-    has_host: bool,
-) -> Plan:
-    """Choose slots and micro-batch tokens for `sequences` rollouts of the given longest lengths.
-
-    `storage_bytes`, `compute_bytes`: of an entry. `has_host`: the device has a host with memory of its
-    own, so that boundary states may go there. Raises InputError when one slot or one sequence does
-    not fit, saying what would.
-    """
-    longest = prompt_tokens + response_tokens
-    weights = shape.parameters * storage_bytes
-    copies = 0 if storage_bytes == compute_bytes else shape.layer_parameters * compute_bytes
-    slot = 2 * shape.layers * shape.kv_heads * shape.head_size * longest * compute_bytes
-    slot += 3 * FLOAT32_BYTES * shape.vocabulary  # logits, their softmax and its sum
-    token = _activation_bytes(shape, compute_bytes)
-    generating = weights + copies + longest * token  # one prompt's prefill at a time at least
-    state = sequences * longest * shape.hidden * compute_bytes  # hidden states of the whole batch
-    learning = (
-        weights
-        + copies
-        + shape.layer_parameters * 2 * FLOAT32_BYTES  # the gradient, and the one being added
-        # the states that predict a response token, normed, and their gradient
-        + sequences * response_tokens * shape.hidden * (2 * compute_bytes + FLOAT32_BYTES)
-        + HEAD_BYTES
-    )
-    states = (shape.layers + 2) * state  # at every boundary, and the gradient that travels down
-    on_host = has_host and learning + states + longest * token > budget_bytes
-    if not on_host:
-        learning += states
-    least = max(generating + slot, learning + longest * token)
-    if least > budget_bytes:
+def plan(shape: Shape, work: Work, budget_bytes: int) -> Plan:
+    """Choose slots and micro-batch tokens. Raises InputError when it does not fit, saying what would."""
+    divided = lay_out(shape, work, budget_bytes)
+    if not divided.fits:
         raise InputError(
-            f"{shape.parameters / 1e9:.2f} G parameters with {sequences} sequences of up to {longest} "
-            f"tokens need {least / 2**30:.1f} GiB, the budget is {budget_bytes / 2**30:.1f} GiB: take "
-            "fewer prompts, samples or max_tokens, a smaller model, or raise memory.budget"
+            f"{count(shape.parameters)} parameters with {work.sequences} sequences of up to "
+            f"{work.longest} tokens need {gib_up(divided.least_bytes):.1f} GiB, the budget is "
+            f"{budget_bytes / 2**30:.1f} GiB: {what_would(shape, work, budget_bytes)}, or raise memory.budget"
         )
-    slots = min(sequences, (budget_bytes - generating) // slot)
-    fitting = (budget_bytes - learning) // token
-    micro = max(
-        longest, min(fitting, MOST_MICRO_TOKENS["device" if has_host else "host"], sequences * longest)
-    )
+    return divided
+
+
+def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
+    """The plan, whether it fits or not: then with one slot and one sequence a micro-batch."""
+    form, compute = FORMS[work.form], work.compute_bytes
+    entry = work.storage_bytes if form.entry_bytes is None else form.entry_bytes
+    weights = shape.parameters * entry + shape.rows * form.row_bytes
+    layer = shape.layer_parameters * compute
+    copied = entry != compute
+    changed = int(shape.parameters * CHANGED_SHARE)
+    whole = shape.layers * layer
+    token = _activation_bytes(shape, compute)
+    responses = work.sequences * work.response_tokens
+    state = work.sequences * work.longest * shape.hidden * compute  # hidden states of the whole batch
+    entries = 2 * shape.layers * shape.kv_heads * shape.head_size * work.longest * compute
+    logits = 3 * FLOAT32_BYTES * shape.vocabulary  # logits, their softmax and its sum
+    slot = entries + logits
+    generating = {
+        "weights": weights,
+        "layer copies": (whole if whole <= RESIDENT_BYTES else layer) if copied else 0,
+        "patch": changed * PATCH_BYTES,
+        "prefill": work.longest * token,  # one prompt at a time at least
+    }
+    learning = {
+        "weights": weights,
+        # the next layer is on its way while one is computed
+        "layer copies": 2 * layer if form.host else layer if copied else 0,
+        "patch": changed * PATCH_BYTES,
+        "step's changes": changed * WAITING_BYTES,
+        "gradient scratch": shape.layer_parameters * 2 * FLOAT32_BYTES,  # the sum, and the one being added
+        # the states that predict a response token, normed, and their gradient
+        "head": responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + HEAD_BYTES,
+    }
+    states = (shape.layers + 2) * state  # at every boundary, and the gradient that travels down
+    fixed = sum(learning.values())
+    smallest = work.longest * token
+    least = fixed + smallest + (0 if work.has_host else states)
+    on_host = work.has_host and fixed + states + smallest > budget_bytes
+    fixed += 0 if on_host else states
+    room = budget_bytes - sum(generating.values())
+    slots = max(1, min(work.sequences, room // slot))
+    most = MOST_MICRO_TOKENS["device" if work.has_host else "host"]
+    fitting = (budget_bytes - fixed) // token
+    micro = max(work.longest, min(fitting, most, work.sequences * work.longest))
+    host = {"boundary states": states if on_host else 0}
+    host["weights"] = shape.parameters * work.storage_bytes if form.host else 0
     return Plan(
-        slots=int(slots),
-        micro_tokens=int(micro),
+        slots=slots,
+        micro_tokens=micro,
         boundary_on_host=on_host,
         budget_bytes=budget_bytes,
-        weights_bytes=weights,
-        generating_bytes=int(generating + slots * slot),
-        learning_bytes=int(learning + micro * token),
+        least_bytes=max(sum(generating.values()) + slot, least),
+        generating={**generating, "KV pool": slots * entries, "logits": slots * logits},
+        learning={
+            **learning,
+            "boundary states": 0 if on_host else states,
+            "micro-batch": micro * token,
+        },
+        host=host,
     )
+
+
+def what_would(shape: Shape, work: Work, budget_bytes: int) -> str:
+    """What fits in the budget instead: fewer sequences, or shorter responses; else what to take."""
+
+    def most(field: str) -> int:
+        """The largest value of a field, below the present one, with which it fits; 0 if none does."""
+        low, high = 0, getattr(work, field)
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = lay_out(shape, replace(work, **{field: middle}), budget_bytes).fits
+            low, high = (middle, high) if fits else (low, middle)
+        return low
+
+    sequences, tokens = most("sequences"), most("response_tokens")
+    ways = [f"{sequences} sequences of {work.longest} tokens"] if sequences else []
+    ways += [f"{work.sequences} sequences with max_tokens = {tokens}"] if tokens else []
+    if not ways:
+        return "not even one short sequence fits, take a smaller model"
+    return " or ".join(ways) + " would fit (fewer prompts or samples, or a lower max_tokens)"
+
+
+def gib_up(count_bytes: int) -> float:
+    """GiB rounded up to a tenth, so that a budget of so much does fit."""
+    return math.ceil(count_bytes / 2**30 * 10) / 10
+
+
+def count(entries: int) -> str:
+    """Parameters, short: 7.62 G or 0.8 M."""
+    return f"{entries / 1e9:.2f} G" if entries >= 1e8 else f"{entries / 1e6:.1f} M"
 
 
 def _activation_bytes(shape: Shape, compute_bytes: int) -> int:
@@ -145,6 +275,35 @@ def _activation_bytes(shape: Shape, compute_bytes: int) -> int:
     attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_size
     kept = 8 * shape.hidden + 3 * attention + 5 * shape.intermediate
     return 2 * kept * compute_bytes
+
+
+def table(plans: Mapping[str, Plan], planned: Collection[str]) -> str:
+    """A column a form and a row a part, for people; `planned`: the forms that cannot be trained yet."""
+    names = [f"{name} (planned)" if name in planned else name for name in plans]
+    lines = [["", *names]]
+    for title in ("generating", "learning", "host"):
+        parts = [getattr(p, title) for p in plans.values()]
+        lines.append(["in host memory" if title == "host" else title])
+        lines += [[f"  {key}", *(size(p[key]) if p[key] else "-" for p in parts)] for key in parts[0]]
+        lines.append(["  sum", *(size(sum(p.values())) if any(p.values()) else "-" for p in parts)])
+    lines.append(["slots", *(f"{p.slots:,}" for p in plans.values())])
+    lines.append(["micro-batch tokens", *(f"{p.micro_tokens:,}" for p in plans.values())])
+    lines.append(["", *("fits" if p.fits else "does not fit" for p in plans.values())])
+    lines.append(["least budget", *(f"{gib_up(p.least_bytes):.1f} GiB" for p in plans.values())])
+    return "\n".join("".join([f"{row[0]:<20}", *(f"{x:>17}" for x in row[1:])]).rstrip() for row in lines)
+
+
+def return_large_blocks(least_bytes: int = 8 << 20) -> None:
+    """From now on this process gives blocks of at least so many bytes back as soon as they are freed.
+
+    glibc otherwise learns to keep blocks of up to 32 MiB in its heap, where the few entries that a step
+    holds on to (weights.Transaction) lie between the freed gradients of the layers: their holes are
+    never used again. With a Qwen2.5-0.5B shape that is 570 MiB of a step's peak. No effect elsewhere.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, least_bytes)
 
 
 def host_bytes() -> int:

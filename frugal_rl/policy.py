@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .decoder import Decoder, check_supported, parameter_names
+from .memory import peak_resident_bytes
 from .models import ModelFiles, load_config, stop_ids
 from .weights import Weights
 
@@ -18,6 +19,7 @@ class Policy:
     decoder: Decoder
     tokenizer: Any
     stop_ids: frozenset[int]
+    held_bytes: int  # on the device by this process before the weights were read: on a CPU, its libraries
 
     @property
     def weights(self) -> Weights:
@@ -43,7 +45,7 @@ def load_policy(files: ModelFiles, tokenizer: Any, device: torch.device, *, quan
     """
     config = load_config(files)
     check_supported(config)
-    weights = Weights.from_checkpoint(
-        files.folder, device, name=files.name, names=parameter_names(config), quantise=quantise
-    )
-    return Policy(files, Decoder(config, weights), tokenizer, stop_ids(files, tokenizer))
+    names = parameter_names(config)
+    held = peak_resident_bytes() if device.type == "cpu" else torch.cuda.memory_allocated(device)
+    weights = Weights.from_checkpoint(files.folder, device, name=files.name, names=names, quantise=quantise)
+    return Policy(files, Decoder(config, weights), tokenizer, stop_ids(files, tokenizer), held)

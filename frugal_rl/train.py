@@ -30,7 +30,7 @@ from .generate.engine import Engine
 from .journal import Journal
 from .learn import Learner, Step
 from .loss import ALGORITHMS, advantages, advantages_with_kl, kl_loss, overlong_penalty, policy_loss
-from .memory import Plan, Shape, host_bytes, peak_resident_bytes, plan
+from .memory import Plan, Shape, Work, host_bytes, peak_resident_bytes, plan, return_large_blocks
 from .models import ModelFiles, find_model, load_tokenizer
 from .patch import Patch
 from .policy import Policy, best_device, load_policy
@@ -92,6 +92,8 @@ def open_session(
     Without `training` only the held-out problems are kept.
     """
     device = device or best_device()
+    if device.type == "cpu":
+        return_large_blocks()
     files = find_model(recipe.model.name)
     tokenizer = load_tokenizer(files)
     problems = load_problems(recipe.data, tokenizer, recipe.data.max_prompt_tokens)
@@ -151,17 +153,17 @@ def divide(
     else:
         budget -= taken_bytes
     quantised = recipe.model.weights == "int8"
-    storage = 1 if quantised else files.storage_bytes()
-    return plan(
-        Shape.from_config(files.config),
-        budget_bytes=budget,
-        storage_bytes=storage,
-        compute_bytes=4 if device.type != "cuda" else 2 if quantised else storage,
+    storage = files.storage_bytes()
+    work = Work(
         sequences=recipe.rollout.prompts * recipe.rollout.samples,
         prompt_tokens=longest_prompt,
         response_tokens=recipe.rollout.max_tokens,
+        storage_bytes=storage,
+        compute_bytes=4 if device.type != "cuda" else 2 if quantised else storage,
         has_host=device.type == "cuda",
+        form=recipe.model.weights,
     )
+    return plan(Shape.from_config(files.config), work, budget)
 
 
 def _drop_bad_golds(problems: ProblemSet, verifier: Verifier, report: Reporter) -> ProblemSet:
@@ -507,7 +509,8 @@ def _finish(
         "train_seconds": train_s,
         "session_seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory_bytes(device),
-        "plan": asdict(session.plan),
+        "planned_memory_bytes": session.plan.peak_bytes + session.policy.held_bytes,
+        "plan": session.plan.as_json(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
     journal.write_json("summary.json", summary)

@@ -333,6 +333,8 @@ class Transaction:
             position_N = kept_N + first_row * width
         else:
             position_N = row_R[kept_N // width] * width + kept_N % width
+        if math.prod(held.shape) < 2**31:  # four bytes less for every entry that waits
+            position_N = position_N.int()
         self._proposed.setdefault(name, []).append((position_N, gradient.reshape(-1)[kept_N]))
 
     def _factor(self, norm: Tensor) -> Tensor:
@@ -348,8 +350,9 @@ class Transaction:
             return Commit(norm, 0.0, {}, dropped=f"the gradient's norm is {norm}")
         factor = self._factor(self._square.sqrt())
         changed = {}
-        for name, chunks in self._proposed.items():
-            position_N = torch.cat([p for p, _ in chunks])
+        for name in list(self._proposed):
+            chunks = self._proposed.pop(name)  # so that what waits and what is committed never coexist
+            position_N = torch.cat([p for p, _ in chunks]).long()
             gradient_N = torch.cat([g for _, g in chunks])
             position_N, order_N = torch.sort(position_N)
             held = self.weights.held[name]
@@ -361,7 +364,6 @@ class Transaction:
                     position_N[differs_N], bits_of(before_N)[differs_N], bits_of(after_N)[differs_N]
                 )
         self.weights.write_(changed)
-        self._proposed.clear()
         return Commit(norm, float(factor), changed)
 
 

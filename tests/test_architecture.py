@@ -18,7 +18,7 @@ LEVELS = [
     ["errors"],
     ["container", "codes", "patch", "config", "rollout", "tasks", "console"],
     ["undo", "checkpoint", "workers", "answers"],
-    ["live", "problems", "reward", "loss", "memory", "models"],
+    ["live", "problems", "reward", "loss", "memory", "models", "shapes"],
     ["doctor", "storage", "weights"],
     ["decoder"],
     ["policy", "learn", "generate.cache", "generate.engine"],
@@ -38,6 +38,8 @@ LIGHT = [
     "rollout",
     "tasks",
     "models",
+    "memory",
+    "shapes",
     "journal",
 ]
 

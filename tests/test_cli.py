@@ -71,6 +71,7 @@ def test_train_prints_a_line_a_step_and_the_commands_that_follow(weights: str, t
     for word in ("reward", "no signal", "length", "truncated", "norm", "changed", "tok/s", "peak", "left"):
         assert word in done.stderr, word
     assert done.stderr.count("step ") == 3
+    assert ", planned " in done.stdout
     last = done.stdout.splitlines()[-3:]
     assert last[0].endswith("frugal-rl patch apply tiny run/patch.safetensors -o trained")
     assert last[1].endswith("frugal-rl eval --patch run/patch.safetensors")
@@ -88,6 +89,8 @@ def test_the_run_folder_holds_what_scripts_rely_on(trained: Path) -> None:
     for key in ("parameters", "changed_any", "changed_1e5", "patch_bytes", "train_seconds"):
         assert summary[key] > 0, key
     assert summary["peak_memory_bytes"] > 50 << 20
+    # beside it, the larger phase over what the process held before the weights were read
+    assert summary["planned_memory_bytes"] > summary["plan"]["peak_bytes"] + (50 << 20)
     assert summary["seed"] == 0
     assert summary["patch_bytes"] == (folder / "patch.safetensors").stat().st_size
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -197,6 +200,7 @@ def test_json_prints_one_object_and_nothing_else(trained: Path, tmp_path: Path) 
         ["eval", "--problems", "8", "--json"],
         ["eval", "--problems", "8", "--samples", "4", "--pass-at", "1", "--pass-at", "4", "--json"],
         ["doctor", "--json"],
+        ["plan", "--json"],
         ["recipes", "--json"],
         ["recipes", "tiny", "--json"],
         ["patch", "show", patch, "--json"],
@@ -239,6 +243,7 @@ BAD = {
     "pass@k without samples": (["eval", "--pass-at", "4"], "--samples"),
     "no place for the result": (["patch", "apply", "tiny", "x"], "--in-place"),
     "no run to resume": (["train", "--resume", "nowhere"], "nowhere"),
+    "a plan for an unknown model": (["plan", "no-such-model"], "no-such-model"),
     "a budget that nothing fits": (["train", "--set", "memory.budget=1MiB"], "GiB"),
     "a budget in GB": (["train", "--set", "memory.budget=24GB"], "24GiB"),
     "a response that cannot fit": (["train", "--set", "rollout.max_tokens=100000"], "max_tokens"),

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from frugal_rl import decoder
 from frugal_rl.errors import InputError
-from frugal_rl.memory import Plan, Shape, peak_resident_bytes, plan
+from frugal_rl.memory import (
+    FORMS,
+    HEAD_BYTES,
+    RESIDENT_BYTES,
+    Plan,
+    Shape,
+    Work,
+    lay_out,
+    peak_resident_bytes,
+    plan,
+    table,
+    what_would,
+)
 
 from .conftest import make_config, make_model, weights_of
 
@@ -23,22 +40,21 @@ QWEN_7B = {
 GIB = 2**30
 
 
-def make_plan(**changes: Any) -> Plan:
-    settings: dict[str, Any] = {
-        "budget_bytes": 24 * GIB,
-        "storage_bytes": 2,
-        "compute_bytes": 2,
-        "sequences": 64,
-        "prompt_tokens": 256,
-        "response_tokens": 768,
-        "has_host": True,
-    }
-    return plan(Shape.from_config(QWEN_7B), **{**settings, **changes})
+WORK = Work(
+    sequences=64, prompt_tokens=256, response_tokens=768, storage_bytes=2, compute_bytes=2, has_host=True
+)
+
+
+def make_plan(budget_gib: float = 24, shape: Shape | None = None, **changes: Any) -> Plan:
+    return plan(shape or Shape.from_config(QWEN_7B), replace(WORK, **changes), int(budget_gib * GIB))
 
 
 def test_int8_weights_take_a_byte_an_entry_and_a_layer_in_the_compute_format() -> None:
-    low, whole = make_plan(storage_bytes=1), make_plan()
-    assert low.weights_bytes * 2 == whole.weights_bytes
+    low, whole = make_plan(form="int8"), make_plan()
+    shape = Shape.from_config(QWEN_7B)
+    assert low.learning["weights"] == shape.parameters + 4 * shape.rows
+    assert low.learning["weights"] < 0.51 * whole.learning["weights"]
+    assert low.learning["layer copies"] == 2 * shape.layer_parameters
     assert low.budget_bytes == whole.budget_bytes
     assert low.micro_tokens >= whole.micro_tokens
 
@@ -65,7 +81,7 @@ def test_both_phases_stay_within_the_budget() -> None:
 
 
 def test_more_memory_never_gives_fewer_slots_or_smaller_micro_batches() -> None:
-    plans = [make_plan(budget_bytes=b * GIB) for b in (22, 24, 32, 80)]
+    plans = [make_plan(b) for b in (22, 24, 32, 80)]
     assert [p.slots for p in plans] == sorted(p.slots for p in plans)
     on_host = [p for p in plans if p.boundary_on_host]
     assert len(on_host) >= 2
@@ -75,17 +91,105 @@ def test_more_memory_never_gives_fewer_slots_or_smaller_micro_batches() -> None:
 def test_boundary_states_go_to_the_host_only_when_they_must_and_can() -> None:
     # 30 states of 64 sequences x 1024 tokens x 3584 x 2 bytes are 13.1 GiB, the weights 14.2 GiB
     assert make_plan().boundary_on_host
-    assert not make_plan(budget_bytes=40 * GIB).boundary_on_host
+    assert not make_plan(40).boundary_on_host
     with pytest.raises(InputError):
         make_plan(has_host=False)
 
 
 def test_what_does_not_fit_is_refused_with_the_figure_that_would() -> None:
     with pytest.raises(InputError, match=r"need \d+\.\d GiB, the budget is 12\.0 GiB"):
-        make_plan(budget_bytes=12 * GIB)
+        make_plan(12)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="is glibc's habit")
+@pytest.mark.parametrize("call,kept_mib", [("return_large_blocks()", 0), ("", 16)])
+def test_large_blocks_go_back_to_the_system(call: str, kept_mib: int) -> None:
+    code = f"""if True:
+        from frugal_rl.memory import return_large_blocks
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+        {call}
+        block = b"x" * (24 << 20)
+        del block  # now glibc keeps blocks of up to 24 MiB
+        block = b"x" * (16 << 20)
+        above = b"x" * (6 << 20)  # what a step holds on to
+        full = resident()
+        del block
+        print(16 - full + resident())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert abs(int(done.stdout) - kept_mib) <= 1
 
 
 def test_the_peak_covers_what_this_process_holds() -> None:
     before = peak_resident_bytes()
     block = b"x" * (64 << 20)
     assert peak_resident_bytes() >= max(before, len(block))
+
+
+def test_the_constants_are_those_of_the_decoder() -> None:
+    assert RESIDENT_BYTES == decoder.RESIDENT_BYTES
+    assert HEAD_BYTES == 4 * decoder.HEAD_BLOCK_BYTES
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("compute_bytes", [2, 4])
+def test_sums_are_those_of_the_parts_and_of_the_choices(form: str, compute_bytes: int) -> None:
+    found = make_plan(30, form=form, compute_bytes=compute_bytes, has_host=True)
+    made = found.as_json()
+    for phase in ("generating", "learning", "host"):
+        assert made[f"{phase}_bytes"] == sum(made[phase].values())
+    assert found.peak_bytes == max(found.generating_bytes, found.learning_bytes) <= found.budget_bytes
+    # 2 x 28 layers x 4 KV heads x 128 entries for each of 1024 tokens of each slot
+    assert found.generating["KV pool"] == 2 * 28 * 4 * 128 * 1024 * compute_bytes * found.slots
+
+
+def test_int8_is_a_byte_an_entry_and_a_scale_a_row_and_host_adds_the_checkpoint_outside() -> None:
+    shape = Shape.from_config(QWEN_7B)
+    rows = 28 * (3584 + 2 * 512 + 3584 + 2 * 18944 + 3584) + 2 * 152064
+    for form in ("int8", "host"):
+        found = make_plan(form=form)
+        assert found.learning["weights"] == found.generating["weights"] == shape.parameters + 4 * rows
+        assert found.host["weights"] == (2 * shape.parameters if form == "host" else 0)
+    copy = 2 * shape.layer_parameters
+    assert [make_plan(form=f).learning["layer copies"] for f in FORMS] == [0, copy, 2 * copy]
+
+
+def test_the_least_budget_fits_and_a_byte_less_does_not() -> None:
+    for changes in ({}, {"form": "int8"}, {"has_host": False}, {"compute_bytes": 4, "form": "host"}):
+        work = replace(WORK, **changes)
+        shape = Shape.from_config(QWEN_7B)
+        least = lay_out(shape, work, 1).least_bytes
+        assert lay_out(shape, work, 200 * GIB).least_bytes == least
+        assert plan(shape, work, least).peak_bytes <= least
+        with pytest.raises(InputError):
+            plan(shape, work, least - 1)
+
+
+def test_more_work_never_needs_less() -> None:
+    shape = Shape.from_config(QWEN_7B)
+    for field in ("sequences", "prompt_tokens", "response_tokens"):
+        least = [lay_out(shape, replace(WORK, **{field: n}), GIB).least_bytes for n in (1, 10, 100, 1000)]
+        assert least == sorted(least)
+        assert least[0] < least[-1]
+
+
+def test_what_would_fit_does_and_one_more_does_not() -> None:
+    shape, budget = Shape.from_config(QWEN_7B), 35 * GIB // 2
+    advice = what_would(shape, WORK, budget)
+    found = re.match(r"(\d+) sequences of 1024 tokens or 64 sequences with max_tokens = (\d+) would", advice)
+    assert found is not None, advice
+    for field, most in (("sequences", int(found[1])), ("response_tokens", int(found[2]))):
+        assert lay_out(shape, replace(WORK, **{field: most}), budget).fits
+        assert not lay_out(shape, replace(WORK, **{field: most + 1}), budget).fits
+    assert "smaller model" in what_would(shape, WORK, 10 * GIB)
+
+
+def test_the_table_names_every_part_and_says_what_does_not_fit() -> None:
+    shape = Shape.from_config(QWEN_7B)
+    plans = {form: lay_out(shape, replace(WORK, form=form), 14 * GIB) for form in FORMS}
+    lines = table(plans, ["host"]).splitlines()
+    assert lines[0].split() == ["bf16", "int8", "host", "(planned)"]
+    for part in ("weights", "layer copies", "KV pool", "logits", "prefill", "boundary states", "head"):
+        assert any(line.startswith(f"  {part}") for line in lines), part
+    verdict = next(line for line in lines if "fit" in line)
+    assert re.split(r"  +", verdict.strip()) == ["does not fit", "fits", "fits"]

@@ -1,0 +1,85 @@
+"""`frugal-rl plan` as a person and as a script use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pytest
+from click.testing import CliRunner
+
+from frugal_rl.cli import cli
+from frugal_rl.errors import InputError
+
+
+def run_plan(*words: str) -> tuple[int, str]:
+    done = CliRunner().invoke(cli, ["plan", *words])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout
+
+
+def test_what_fits_is_said_with_exit_code_0() -> None:
+    code, text = run_plan("Qwen2.5-7B", "--memory", "24GiB")
+    assert code == 0
+    assert text.startswith(
+        "Qwen2.5-7B: 7.62 G parameters; gpu, 24.0 GiB; 16 prompts x 8 samples, up to 512 + 1024"
+    )
+    for word in ("KV pool", "boundary states", "gradient scratch", "micro-batch tokens", "slots", "fits"):
+        assert word in text, word
+    assert "host (planned)" in text
+    assert "int8 (planned)" not in text
+
+
+def test_what_does_not_fit_is_said_with_exit_code_2_and_what_would() -> None:
+    code, text = run_plan("Qwen2.5-7B", "--memory", "18GiB")
+    assert code == 2
+    assert "does not fit" in text
+    assert "bf16: " in text
+    assert "would fit" in text
+
+
+def test_the_budget_it_names_does_fit() -> None:
+    code, text = run_plan("Qwen2.5-14B", "--memory", "24GiB", "--json")
+    assert code == 2
+    least = json.loads(text)["forms"]["bf16"]["least_bytes"]
+    assert run_plan("Qwen2.5-14B", "--memory", f"{least / 2**30 + 0.001:.3f}GiB")[0] == 0
+
+
+def test_json_is_one_object_with_every_part() -> None:
+    code, text = run_plan("Qwen3-4B", "--json", "--prompts", "4", "--samples", "4", "--max-tokens", "256")
+    value = json.loads(text)
+    assert code == 0
+    assert (value["prompts"], value["samples"], value["max_tokens"]) == (4, 4, 256)
+    assert set(value["forms"]) == {"bf16", "int8", "host"}
+    for form in value["forms"].values():
+        assert form["learning_bytes"] == sum(form["learning"].values())
+    assert value["forms"]["bf16"]["trained"]
+
+
+def test_values_come_from_the_recipe_unless_given() -> None:
+    value = json.loads(run_plan("--recipe", "gsm8k-qwen2.5-0.5b", "--json")[1])
+    assert value["model"] == "Qwen/Qwen2.5-0.5B-Instruct"
+    again = json.loads(run_plan("--recipe", "gsm8k-qwen2.5-0.5b", "--samples", "3", "--json")[1])
+    assert again["samples"] == 3
+    assert again["prompts"] == value["prompts"]
+
+
+def test_on_a_cpu_there_is_no_host_form_and_arithmetic_is_float32() -> None:
+    value = json.loads(run_plan("tiny", "--device", "cpu", "--json")[1])
+    assert set(value["forms"]) == {"bf16", "int8"}
+    assert value["forms"]["bf16"]["learning"]["layer copies"] > 0
+    assert value["forms"]["bf16"]["host_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    "words,expected",
+    [
+        (["no-such-model"], "no-such-model"),
+        (["tiny", "--memory", "24GB"], "24GiB"),
+        (["--recipe", "tinny"], "tiny"),
+    ],
+)
+def test_bad_input_is_refused_by_name(words: Sequence[str], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        run_plan(*words)
