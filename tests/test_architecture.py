@@ -24,7 +24,7 @@ LEVELS = [
     ["policy", "learn", "generate.cache", "generate.engine"],
     ["evaluate", "journal"],
     ["train"],
-    ["cli"],
+    ["cli_patch", "cli"],
 ]
 RANK = {name: (level, place) for level, names in enumerate(LEVELS) for place, name in enumerate(names)}
 # may be imported, and the command line started, without torch
