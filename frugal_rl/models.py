@@ -38,14 +38,21 @@ def find_model(name: str) -> ModelFiles:
         raise InputError(f"model {name} is a file; give the folder of a Hugging Face checkpoint")
     else:
         folder = _download(name)
-    path = folder / "config.json"
+    config = read_config_json(folder / "config.json", name)
+    return ModelFiles(name, folder, config)
+
+
+def read_config_json(path: Path, name: str) -> dict[str, Any]:
+    """A model's config.json as it stands. Raises InputError, which names the model."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"model {name}: {path} is missing; is it a Hugging Face folder?") from None
     except ValueError as error:
         raise InputError(f"model {name}: {path} is not JSON: {error}") from None
-    return ModelFiles(name, folder, config)
+    if not isinstance(config, dict):
+        raise InputError(f"model {name}: {path} holds no JSON object")
+    return config
 
 
 def _download(name: str) -> Path:

@@ -7,14 +7,13 @@ holds the count of parameters against the model card's.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 from .memory import Shape
-from .models import EMBEDDED
+from .models import EMBEDDED, read_config_json
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 STORAGE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -60,16 +59,7 @@ def find_shape(name: str) -> tuple[Shape, int]:
         shape = known_shape(name)
         if shape is not None:
             return shape, STORAGE_BYTES["bfloat16"]
-    path = _config_path(name)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"model {name}: {path} is missing; is it a Hugging Face folder?") from None
-    except ValueError as error:
-        raise InputError(f"model {name}: {path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"model {name}: {path} holds no JSON object")
-    return read_config(config, name)
+    return read_config(read_config_json(_config_path(name), name), name)
 
 
 def read_config(config: Mapping[str, Any], name: str) -> tuple[Shape, int]:
