@@ -10,7 +10,6 @@ done when its patch is in the journal.
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections import Counter
@@ -21,15 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .config import Recipe
 from .errors import FrugalError, InputError
 from .evaluate import Score, evaluate
 from .generate.engine import Engine
 from .journal import Journal
-from .learn import Learner, Step
-from .loss import ALGORITHMS, advantages, advantages_with_kl, kl_loss, overlong_penalty, policy_loss
+from .learn import Learner
+from .loss import ALGORITHMS, overlong_penalty
 from .memory import Plan, Shape, Work, host_bytes, peak_resident_bytes, plan, return_large_blocks
 from .models import ModelFiles, find_model, load_tokenizer
 from .patch import Patch
@@ -37,11 +35,11 @@ from .policy import Policy, best_device, load_policy
 from .problems import Problem, ProblemSet, draw, load_problems
 from .reward import Judgement, Verifier
 from .rollout import Request, Rollout
+from .update import Group, learn_within_memory
 from .weights import export, step_patch
 
 TRAINING = 1  # first word of the random keys; evaluation has its own
 REFILLS = 8  # dynamic sampling: rounds of prompts drawn for one step before it goes on with what it has
-HALVINGS = 3  # of the micro-batch, when memory runs out
 STILL_STEPS = 3  # so many steps in a row without a changed weight, and the run stops
 
 
@@ -65,22 +63,6 @@ class Session:
     engine: Engine
     learner: Learner
     verifier: Verifier
-
-
-@dataclass(frozen=True)
-class Group:
-    """One problem's rollouts and what they earned."""
-
-    problem: Problem
-    rollouts: list[Rollout]
-    judgements: list[Judgement]
-    rewards: list[float]
-
-    @property
-    def has_signal(self) -> bool:
-        """By what the verifier paid: a difference in length alone is no signal (DAPO)."""
-        paid = [judgement.reward for judgement in self.judgements]
-        return max(paid) > min(paid)
 
 
 @contextmanager
@@ -247,7 +229,8 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
     """Generate, verify, learn, commit. Returns the step's metrics."""
     clock = _Clock()
     groups, drawn, sampled = _sample_groups(session, journal.drawn, clock)
-    learned = _learn_within_memory(session, groups, clock, report)
+    with clock("learn"):
+        learned = learn_within_memory(session.learner, session.recipe, groups, report.say)
     commit = learned.commit if learned else None
     changed = commit.changed if commit else {}
     weights = session.policy.weights
@@ -344,107 +327,6 @@ def _paid(recipe: Recipe, rollout: Rollout, judgement: Judgement) -> float:
     most = recipe.rollout.max_tokens
     buffer = max(1, round(share * most))
     return judgement.reward + overlong_penalty(len(rollout.response_ids), most, buffer)
-
-
-def _learn_within_memory(
-    session: Session, groups: Sequence[Group], clock: _Clock, report: Reporter
-) -> Step | None:
-    """`_learn`; when memory runs out in the middle, again with smaller micro-batches, which later steps keep.
-
-    A step is a transaction, so nothing of the failed try is left. Raises FrugalError after HALVINGS.
-    """
-    learner = session.learner
-    for halving in range(HALVINGS + 1):
-        try:
-            return _learn(session, groups, clock)
-        except torch.OutOfMemoryError as error:
-            if halving == HALVINGS or learner.micro_tokens == 1:
-                raise FrugalError(
-                    f"out of memory with micro-batches of {learner.micro_tokens} tokens: {error}; take "
-                    "fewer samples or max_tokens, or a smaller memory.budget than the device has"
-                ) from error
-        learner.micro_tokens = max(1, learner.micro_tokens // 2)
-        report.say(
-            f"out of memory: the step is run again with micro-batches of {learner.micro_tokens} tokens"
-        )
-        gc.collect()
-        if learner.decoder.device.type == "cuda":
-            torch.cuda.empty_cache()
-    raise AssertionError("unreachable")
-
-
-def _learn(session: Session, groups: Sequence[Group], clock: _Clock) -> Step | None:
-    """One optimizer step on the groups; None when no rollout has an advantage."""
-    recipe, learner = session.recipe, session.learner
-    algorithm = ALGORITHMS[recipe.loss.algorithm]
-    everyone = [r for g in groups for r in g.rollouts]
-    reward_NG = torch.tensor([g.rewards for g in groups], dtype=torch.float32)
-    length_NG = torch.tensor([[len(r.response_ids) for r in g.rollouts] for g in groups])
-    advantage_B = advantages(reward_NG, algorithm, length_NG).view(-1)
-    kl = recipe.loss.kl
-    # without a KL term, what has no advantage has no gradient: the counts below still include it
-    rows = torch.arange(len(everyone)) if kl else torch.nonzero(advantage_B).view(-1)
-    if not len(rows):
-        return None
-    rollouts = [everyone[i] for i in rows.tolist()]
-    device = learner.decoder.device
-    width = max(len(r.response_ids) for r in rollouts)
-    mask_BT = torch.zeros(len(rollouts), width, dtype=torch.bool)
-    sampler_BT = torch.zeros(len(rollouts), width)
-    for i, rollout in enumerate(rollouts):
-        mask_BT[i, : len(rollout.response_ids)] = True
-        sampler_BT[i, : len(rollout.response_ids)] = torch.from_numpy(rollout.logprob_T)
-    mask_BT, sampler_BT = mask_BT.to(device), sampler_BT.to(device)
-    advantage_B = advantage_B[rows].to(device)
-    sequences, tokens = len(everyone), int(length_NG.sum())
-    max_tokens = recipe.rollout.max_tokens
-    with clock("learn"):
-        reference_BT = None
-        if kl:
-            with learner.decoder.weights.base():
-                reference_BT = learner.log_probs(rollouts)
-
-        def loss(logprob_BT: Tensor) -> tuple[Tensor, dict[str, float]]:
-            old_BT = logprob_BT.detach()  # one step a batch: the old policy is the learner itself
-            advantage = advantage_B
-            if reference_BT is not None and algorithm.kl == "reward":
-                advantage = advantages_with_kl(
-                    reward_NG.to(device), algorithm, old_BT, reference_BT, mask_BT, kl
-                )
-            value, stats = policy_loss(
-                algorithm,
-                logprob_BT,
-                old_BT,
-                advantage,
-                mask_BT,
-                sequences=sequences,
-                tokens=tokens,
-                max_tokens=max_tokens,
-                clip_low=recipe.loss.clip_low,
-                clip_high=recipe.loss.clip_high,
-            )
-            if reference_BT is not None and algorithm.kl == "loss":
-                penalty = kl_loss(
-                    algorithm,
-                    logprob_BT,
-                    reference_BT,
-                    mask_BT,
-                    sequences=sequences,
-                    tokens=tokens,
-                    max_tokens=max_tokens,
-                )
-                value = value + kl * penalty
-                stats = {**stats, "kl": float(penalty.detach())}
-            return value, {**stats, **_sampler_gap(sampler_BT, old_BT, mask_BT)}
-
-        return learner.step(rollouts, loss)
-
-
-def _sampler_gap(sampler_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from the learner's: the largest, and k3."""
-    gap_N = (old_BT - sampler_BT)[mask_BT]
-    k3 = (gap_N.exp() - gap_N - 1).mean()
-    return {"sampler_gap_max": float(gap_N.abs().max()), "sampler_gap_k3": float(k3)}
 
 
 # --- before and after

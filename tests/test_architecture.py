@@ -22,7 +22,7 @@ LEVELS = [
     ["doctor", "storage", "weights"],
     ["decoder"],
     ["policy", "learn", "generate.cache", "generate.engine"],
-    ["evaluate", "journal"],
+    ["update", "evaluate", "journal"],
     ["train"],
     ["cli_patch", "cli"],
 ]

@@ -19,6 +19,7 @@ from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.journal import Journal
 from frugal_rl.patch import Patch
 from frugal_rl.reward import Judgement, Verdict
+from frugal_rl.update import learn, learn_within_memory
 from frugal_rl.weights import bits_of
 
 from .conftest import make_config, make_model, save_folder
@@ -114,7 +115,7 @@ def test_a_recipes_first_step_runs_on_its_architecture_cut_to_two_layers(
     assert (recipe.learner, recipe.loss) == (original.learner, original.loss)
     with session_of(recipe) as session:
         before = snapshot(session)
-        step = loop._learn(session, groups_of(session, lambda i: float(i % 2)), loop._Clock())
+        step = learn(session.learner, session.recipe, groups_of(session, lambda i: float(i % 2)))
         assert step is not None and step.commit.dropped is None
         assert step.commit.entries > 0
         assert not same_bits(before, session.policy.weights.tensors)
@@ -131,7 +132,7 @@ def test_the_recipes_name_these_architectures() -> None:
 
 def test_groups_without_signal_change_nothing_and_cost_no_step(tiny: loop.Session) -> None:
     before = snapshot(tiny)
-    assert loop._learn(tiny, groups_of(tiny, lambda i: 1.0), loop._Clock()) is None
+    assert learn(tiny.learner, tiny.recipe, groups_of(tiny, lambda i: 1.0)) is None
     assert same_bits(before, tiny.policy.weights.tensors)
 
 
@@ -142,7 +143,7 @@ def test_every_algorithm_raises_what_was_rewarded(algorithm: str) -> None:
         groups = groups_of(session, lambda i: float(i == 0))
         good = [g.rollouts[0] for g in groups]
         before = session.learner.log_probs(good).sum()
-        step = loop._learn(session, groups, loop._Clock())
+        step = learn(session.learner, session.recipe, groups)
         assert step is not None
         assert float(session.learner.log_probs(good).sum()) > float(before)
 
@@ -151,10 +152,10 @@ def test_leaving_out_groups_without_signal_gives_the_same_step_as_keeping_them(t
     """Against a KL weight so small that it adds nothing but keeps every row in the batch."""
     mixed = groups_of(tiny, lambda i: float(i == 0))
     flat = [replace(g, rewards=[0.0] * 4) for g in mixed[:2]]
-    left_out = loop._learn(tiny, [*flat, *mixed[2:]], loop._Clock())
+    left_out = learn(tiny.learner, tiny.recipe, [*flat, *mixed[2:]])
     recipe = load_recipe("tiny", [*SMALL, "loss.kl=1e-30"])
     with session_of(recipe) as session:
-        kept = loop._learn(session, [*flat, *mixed[2:]], loop._Clock())
+        kept = learn(session.learner, session.recipe, [*flat, *mixed[2:]])
         assert left_out is not None and kept is not None
         assert left_out.commit.norm == pytest.approx(kept.commit.norm, rel=1e-5)
         assert left_out.loss == pytest.approx(kept.loss, abs=1e-6)
@@ -165,8 +166,8 @@ def test_the_reference_is_the_base_at_no_memory(tmp_path: Path) -> None:
         groups = groups_of(session, lambda i: float(i == 0))
         rollouts = groups[0].rollouts
         reference = session.learner.log_probs(rollouts)
-        first = loop._learn(session, groups, loop._Clock())
-        second = loop._learn(session, groups, loop._Clock())
+        first = learn(session.learner, session.recipe, groups)
+        second = learn(session.learner, session.recipe, groups)
         assert first is not None and second is not None
         assert first.stats["kl"] == 0.0  # the policy is the base
         assert second.stats["kl"] > 0.0
@@ -185,7 +186,7 @@ def test_kl_pulls_towards_the_base() -> None:
             rollouts = [r for g in groups for r in g.rollouts]
             reference = session.learner.log_probs(rollouts)
             for _ in range(4):
-                loop._learn(session, groups, loop._Clock())
+                learn(session.learner, session.recipe, groups)
             gaps[kl] = float((session.learner.log_probs(rollouts) - reference).square().mean())
     assert gaps["5.0"] < 0.5 * gaps["0.0"]
 
@@ -232,7 +233,7 @@ def test_a_step_that_is_dropped_is_said_and_journalled(tiny: loop.Session, tmp_p
     row = {"dropped": "the gradient's norm is nan", "gradient_norm": None}
     loop._say_still(tiny, 1, row, report)
     assert "dropped" in said[0] and "too small" not in said[0]
-    step = loop._learn(tiny, groups, loop._Clock())
+    step = learn(tiny.learner, tiny.recipe, groups)
     assert step is not None and step.commit.dropped is not None
     assert same_bits(before, tiny.policy.weights.tensors)
 
@@ -262,8 +263,7 @@ def test_out_of_memory_halves_the_micro_batch_and_leaves_nothing_of_the_failed_t
         real(*arguments)
 
     monkeypatch.setattr(type(tiny.learner), "_layer_backward", backward)
-    report = loop.Reporter(said.append, lambda row: None)
-    step = loop._learn_within_memory(tiny, groups, loop._Clock(), report)
+    step = learn_within_memory(tiny.learner, tiny.recipe, groups, said.append)
     assert step is not None and step.commit.entries > 0
     assert tiny.learner.micro_tokens == micro_tokens // 4
     assert [f"micro-batches of {micro_tokens // n} tokens" in said[i] for i, n in ((0, 2), (1, 4))] == [
@@ -272,7 +272,7 @@ def test_out_of_memory_halves_the_micro_batch_and_leaves_nothing_of_the_failed_t
     with session_of(tiny.recipe) as fresh:
         assert same_bits(snapshot(fresh), before)
         fresh.learner.micro_tokens = micro_tokens // 4
-        loop._learn(fresh, groups, loop._Clock())
+        learn(fresh.learner, fresh.recipe, groups)
         assert same_bits(snapshot(fresh), tiny.policy.weights.tensors)
 
 
@@ -286,7 +286,7 @@ def test_memory_that_never_suffices_ends_the_run_with_the_weights_as_they_were(
 
     monkeypatch.setattr(type(tiny.learner), "_layer_backward", backward)
     with pytest.raises(FrugalError, match="out of memory with micro-batches"):
-        loop._learn_within_memory(tiny, groups, loop._Clock(), QUIET)
+        learn_within_memory(tiny.learner, tiny.recipe, groups, QUIET.say)
     assert same_bits(before, tiny.policy.weights.tensors)
 
 
@@ -401,7 +401,7 @@ def test_the_reference_of_an_int8_policy_is_its_base() -> None:
         groups = groups_of(session, lambda i: float(i == 0))
         rollouts = groups[0].rollouts
         reference = session.learner.log_probs(rollouts)
-        first = loop._learn(session, groups, loop._Clock())
+        first = learn(session.learner, session.recipe, groups)
         assert first is not None and first.stats["kl"] == 0.0
         moved = session.learner.log_probs(rollouts)
         with session.policy.weights.base():

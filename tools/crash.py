@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -52,11 +53,12 @@ def run_and_kill(words: list[str], folder: Path, rng: random.Random) -> bool:
     else:
         delay_s = rng.uniform(0, 8)
     time.sleep(delay_s)
-    ended = process.poll() == 0
     process.kill()
     process.stderr.close()
-    process.wait()
-    return ended
+    status = process.wait()
+    if status not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"{' '.join(words)} failed by itself with exit status {status}")
+    return status == 0
 
 
 def environment() -> dict[str, str]:
@@ -65,25 +67,34 @@ def environment() -> dict[str, str]:
 
 
 def trial(kills: int, steps: int, seed: int, folder: Path) -> tuple[int, bool]:
-    """Kill `kills` times at most, resume to the end; (kills that hit, whether the patches are equal)."""
+    """Kill until `kills` have hit, going on after each; (runs it took, whether all their patches are equal).
+
+    A run that ends before it was killed often enough is compared, and another one is begun.
+    """
     rng = random.Random(seed)
-    whole, broken = folder / "whole", folder / "broken"
-    for path in (whole, broken):
-        path.mkdir(parents=True)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment(), "check": True}
-    subprocess.run(command("-o", "run", *settings(steps)), cwd=whole, **quiet)
-    hit = 0
+
+    def words(inside: Path) -> list[str]:
+        begun = (inside / "run" / "recipe.toml").exists()
+        return command("--resume", "run") if begun else command("-o", "run", "--force", *settings(steps))
+
+    def patch(inside: Path) -> bytes:
+        return (inside / "run" / "patch.safetensors").read_bytes()
+
+    whole = folder / "whole"
+    whole.mkdir(parents=True)
+    subprocess.run(words(whole), cwd=whole, **quiet)
+    hit = runs = 0
     while hit < kills:
-        resuming = (broken / "run" / "recipe.toml").exists()
-        words = command("--resume", "run") if resuming else command("-o", "run", "--force", *settings(steps))
-        if run_and_kill(words, broken, rng):
-            break
-        hit += 1
-    resuming = (broken / "run" / "recipe.toml").exists()
-    words = command("--resume", "run") if resuming else command("-o", "run", "--force", *settings(steps))
-    subprocess.run(words, cwd=broken, **quiet)
-    patches = [(path / "run" / "patch.safetensors").read_bytes() for path in (whole, broken)]
-    return hit, patches[0] == patches[1]
+        runs += 1
+        broken = folder / f"broken-{runs}"
+        broken.mkdir()
+        while hit < kills and not run_and_kill(words(broken), broken, rng):
+            hit += 1
+        subprocess.run(words(broken), cwd=broken, **quiet)
+        if patch(broken) != patch(whole):
+            return runs, False
+    return runs, True
 
 
 def main() -> None:
@@ -95,13 +106,12 @@ def main() -> None:
     options = parser.parse_args()
     total = trials = 0
     while total < options.kills:
+        kills = min(10, options.kills - total)
         with tempfile.TemporaryDirectory() as folder:
-            hit, equal = trial(min(10, options.kills - total), 16, options.seed + trials, Path(folder))
-        total, trials = total + hit, trials + 1
-        print(
-            f"run {trials}: {hit} kills, patch {'identical' if equal else 'DIFFERENT'}; {total} kills",
-            flush=True,
-        )
+            runs, equal = trial(kills, 16, options.seed + trials, Path(folder))
+        total, trials = total + kills, trials + 1
+        patches = "identical" if equal else "DIFFERENT"
+        print(f"trial {trials}: {kills} kills in {runs} runs, patches {patches}; {total} kills", flush=True)
         if not equal:
             sys.exit(1)
 
