@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import click
 
 from .cli_patch import patch, print_result
-from .config import Model as ModelSection
 from .config import Recipe, list_recipes, load_recipe, parse_bytes, read_recipe, toml_value
 from .console import Console, size
 from .errors import FrugalError, InputError
@@ -283,13 +282,11 @@ def plan_command(
         compute_bytes=storage_bytes if on_gpu else planner.FLOAT32_BYTES,
         has_host=on_gpu,
     )
-    # without a GPU there is no other memory to hold the checkpoint in
-    works = {name: replace(work, form=name) for name, f in planner.FORMS.items() if on_gpu or not f.host}
+    works = {name: replace(work, form=name) for name in planner.FORMS}
     plans = {form: planner.lay_out(shape, w, budget) for form, w in works.items()}
     would = {
         form: None if p.fits else planner.what_would(shape, works[form], budget) for form, p in plans.items()
     }
-    trained = get_args(get_type_hints(ModelSection)["weights"])
     value = {
         "model": model,
         "parameters": shape.parameters,
@@ -299,7 +296,7 @@ def plan_command(
         "samples": samples,
         "prompt_tokens": work.prompt_tokens,
         "max_tokens": work.response_tokens,
-        "forms": {f: {**p.as_json(), "trained": f in trained, "would": would[f]} for f, p in plans.items()},
+        "forms": {form: {**p.as_json(), "would": would[form]} for form, p in plans.items()},
     }
 
     def text() -> str:
@@ -309,9 +306,7 @@ def plan_command(
             f"up to {work.prompt_tokens} + {work.response_tokens} tokens"
         )
         advice = [f"{form}: {ways}" for form, ways in would.items() if ways is not None]
-        later = [f for f in plans if f not in trained]
-        notes = [f"planned: {', '.join(later)}; train refuses them today"] if later else []
-        return "\n".join([head, "", planner.table(plans, later), "", *advice, *notes]).rstrip()
+        return "\n".join([head, "", planner.table(plans), "", *advice]).rstrip()
 
     print_result(value, as_json, text)
     if not plans[config.model.weights].fits:

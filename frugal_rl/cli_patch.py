@@ -175,7 +175,7 @@ def at_step(run: Path, step: int, output: Path, force: bool) -> None:
         from .policy import load_policy
         from .weights import export
 
-        policy = load_policy(files, load_tokenizer(files), torch.device("cpu"), quantise=True)
+        policy = load_policy(files, load_tokenizer(files), torch.device("cpu"), form="int8")
         for one in steps:
             policy.weights.write_patch_(one)
         made, _ = export(policy.weights, files.folder, files.name, meta)

@@ -67,8 +67,10 @@ Share = Annotated[float, Range(above=0, at_most=1)]
 @dataclass(frozen=True)
 class Model:
     name: Text  # "tiny" (embedded), a local folder, or a hub name
-    weights: Literal["bf16", "int8"] = "bf16"  # bf16: as the checkpoint has them; int8: its matrices frozen
-    reference: Literal["base"] = "base"  # the policy with its patch taken off
+    # bf16: as the checkpoint has them; int8: its matrices frozen in one byte an entry; host: as int8 for the
+    # sampler, the checkpoint itself for the learner, streamed from host memory
+    weights: Literal["bf16", "int8", "host"] = "bf16"
+    reference: Text = "base"  # the policy with its patch taken off, or another model: a folder or hub name
 
 
 @dataclass(frozen=True)
@@ -415,6 +417,11 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
     for key in ("clip_low", "clip_high"):
         if loss.algorithm in UNCLIPPED and getattr(loss, key) is not None:
             raise InputError(f"{where}: [loss] {key} with {algorithm}, which clips nothing; leave {key} out")
+    if recipe.model.reference != "base" and not loss.kl:
+        raise InputError(
+            f"{where}: [model] reference = {_show(recipe.model.reference)} with [loss] kl = 0, which asks no "
+            "reference; leave reference out or set loss.kl"
+        )
     if recipe.train.patience is not None and recipe.train.eval_every is None:
         raise InputError(
             f"{where}: [train] patience without eval_every: there is no evaluation to be patient with; "

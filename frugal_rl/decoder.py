@@ -105,6 +105,7 @@ class Decoder:
         self.norm_name = "model.norm.weight"
         self.targets = [_targets(layer, f"model.layers.{i}.") for i, layer in enumerate(self.layers)]
         self._check_names()
+        weights.stream_by([[t.name for t in targets] for targets in self.targets])
         self._scratch: dict[str, Tensor] = {}
         self._resident: list[list[nn.Parameter]] | None = None
         self.max_tokens = _longest(config)
@@ -126,6 +127,7 @@ class Decoder:
     def layer(self, index: int, *, learn: bool = False) -> Iterator[nn.Module]:
         """Layer `index` with its weights in place, until the block ends; `learn` makes them leaves."""
         module, targets = self.layers[index], self.targets[index]
+        self.weights.bring(index)
         if self._resident is not None and not learn:
             parameters = self._resident[index]
         else:
@@ -140,7 +142,7 @@ class Decoder:
                 target.module._parameters[target.attribute] = empty
 
     def _load(self, name: str, index: int) -> Tensor:
-        held = self.weights.held[name]
+        held = self.weights.seen(name)
         if held.whole(self.dtype) is None:
             part, size = name.removeprefix(f"model.layers.{index}."), math.prod(held.shape)
             if part not in self._scratch or self._scratch[part].numel() < size:
@@ -154,18 +156,19 @@ class Decoder:
 
         The weights must not change inside.
         """
-        held = [self.weights.held[t.name] for targets in self.targets for t in targets]
-        copied = [h for h in held if h.whole(self.dtype) is None]
-        copies = sum(math.prod(h.shape) * self.dtype.itemsize for h in copied)
-        if copies <= RESIDENT_BYTES:
-            self._resident = [
-                [nn.Parameter(self.weights.load(t.name), requires_grad=False) for t in targets]
-                for targets in self.targets
-            ]
-        try:
-            yield
-        finally:
-            self._resident = None
+        with self.weights.sampling():
+            held = [self.weights.seen(t.name) for targets in self.targets for t in targets]
+            copied = [h for h in held if h.whole(self.dtype) is None]
+            copies = sum(math.prod(h.shape) * self.dtype.itemsize for h in copied)
+            if copies <= RESIDENT_BYTES:
+                self._resident = [
+                    [nn.Parameter(self.weights.load(t.name), requires_grad=False) for t in targets]
+                    for targets in self.targets
+                ]
+            try:
+                yield
+            finally:
+                self._resident = None
 
     def arguments(self, like: Tensor, position_BT: Tensor | None = None) -> list[dict[str, Any]]:
         """What each layer is called with besides the hidden state `like` [B, T, D]."""
@@ -216,7 +219,7 @@ class Decoder:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Logits [B, V] in float32, for sampling: a token a sequence."""
-        whole = self.weights.held[self.head_name].whole(self.dtype)
+        whole = self.weights.seen(self.head_name).whole(self.dtype)
         if whole is not None:
             return (hidden_BD @ whole.T).float()
         blocks = [hidden_BD @ self.weights.rows(self.head_name, a, b).T for a, b in self.head_blocks()]

@@ -56,7 +56,8 @@ class Learner:
     """SGD on `decoder`'s weights.
 
     `micro_tokens` bounds the padded tokens in a layer at a time. `boundary_on_host` keeps hidden states of
-    the whole batch in host memory: the device sees a micro-batch of them at a time.
+    the whole batch in host memory: the device sees a micro-batch of them at a time. `reference`: another
+    model that scores the rollouts where the loss wants one; None: this one with its patch off.
     """
 
     decoder: Decoder
@@ -65,6 +66,19 @@ class Learner:
     temperature: float
     micro_tokens: int
     boundary_on_host: bool = False
+    reference: Learner | None = None
+
+    def reference_log_probs(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """As `log_probs`, of the reference policy."""
+        if self.reference is None:
+            with self.decoder.weights.base():
+                return self.log_probs(rollouts)
+        self.decoder.weights.release()  # two models' layers are never on the device at once
+        self.reference.micro_tokens = self.micro_tokens
+        try:
+            return self.reference.log_probs(rollouts)
+        finally:
+            self.reference.decoder.weights.release()
 
     def log_probs(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Log-probabilities [B, T] (nats, float32, 0 where padded) of the responses. No gradient."""

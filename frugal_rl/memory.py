@@ -18,7 +18,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -277,10 +277,9 @@ def _activation_bytes(shape: Shape, compute_bytes: int) -> int:
     return 2 * kept * compute_bytes
 
 
-def table(plans: Mapping[str, Plan], planned: Collection[str]) -> str:
-    """A column a form and a row a part, for people; `planned`: the forms that cannot be trained yet."""
-    names = [f"{name} (planned)" if name in planned else name for name in plans]
-    lines = [["", *names]]
+def table(plans: Mapping[str, Plan]) -> str:
+    """A column a form and a row a part, for people."""
+    lines = [["", *plans]]
     for title in ("generating", "learning", "host"):
         parts = [getattr(p, title) for p in plans.values()]
         lines.append(["in host memory" if title == "host" else title])

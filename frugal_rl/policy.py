@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from .decoder import Decoder, check_supported, parameter_names
+from .errors import InputError
 from .memory import peak_resident_bytes
-from .models import ModelFiles, load_config, stop_ids
+from .models import ModelFiles, load_config, load_tokenizer, stop_ids
 from .weights import Weights
 
 
@@ -38,14 +39,44 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_policy(files: ModelFiles, tokenizer: Any, device: torch.device, *, quantise: bool = False) -> Policy:
-    """Read the weights onto the device, their matrices in int8 if `quantise`.
+def load_policy(files: ModelFiles, tokenizer: Any, device: torch.device, *, form: str = "bf16") -> Policy:
+    """Read the weights onto the device in a form of memory.FORMS.
 
     Raises InputError for what is not supported, by name.
     """
     config = load_config(files)
     check_supported(config)
-    names = parameter_names(config)
     held = peak_resident_bytes() if device.type == "cpu" else torch.cuda.memory_allocated(device)
-    weights = Weights.from_checkpoint(files.folder, device, name=files.name, names=names, quantise=quantise)
+    weights = Weights.from_checkpoint(
+        files.folder,
+        device,
+        name=files.name,
+        names=parameter_names(config),
+        quantise=form in ("int8", "host"),
+        stream=form == "host",
+    )
     return Policy(files, Decoder(config, weights), tokenizer, stop_ids(files, tokenizer), held)
+
+
+def load_reference(files: ModelFiles, policy: Policy) -> Decoder:
+    """Another checkpoint as the reference policy: its matrices stay in host memory.
+
+    Raises InputError where it is not supported, or does not have the policy's tokens.
+    """
+    config = load_config(files)
+    check_supported(config)
+    ours, theirs = policy.decoder.config.vocab_size, config.vocab_size
+    if ours != theirs:
+        raise InputError(
+            f"the reference {files.name} has {theirs} tokens, {policy.files.name} has {ours}: "
+            "a reference must share the policy's vocabulary"
+        )
+    if (files.folder / "tokenizer_config.json").exists():
+        vocabulary = load_tokenizer(files).get_vocab()
+        if vocabulary != policy.tokenizer.get_vocab():
+            raise InputError(f"the reference {files.name} has another tokenizer than {policy.files.name}")
+    device = policy.decoder.device
+    weights = Weights.from_checkpoint(
+        files.folder, device, name=files.name, names=parameter_names(config), stream=True
+    )
+    return Decoder(config, weights)

@@ -1,11 +1,16 @@
-"""How one tensor of the policy is held: whole (`Plain`), or in one byte an entry (`Quantised`).
+"""How one tensor of the policy is held: whole (`Plain`), in one byte an entry (`Quantised`), or not on the
+device at all (`Streamed`).
 
-Both are read in any compute format, changed entry by entry, and lead back to their base. What the tensor
+All are read in any compute format, changed entry by entry, and lead back to their base. What the tensor
 itself does not hold of {base, policy} is its overlay, sorted positions with bits:
 
                    the tensor                              the overlay
     Plain          the policy, in the checkpoint's format  the base's bits of changed entries
     Quantised      the base, frozen: codes and scales      the policy's bits of changed entries
+    Streamed       the base, in the checkpoint's file      the policy's bits of changed entries, the base's
+
+A streamed matrix may have a quantised twin for the sampler, which shares its overlay: the sampler reads
+bf16(code * scale) where nothing has changed, and the learner's very bits where something has.
 
 A quantised matrix has an int8 code for each entry and a float32 absmax for each row. Its base is
 
@@ -15,8 +20,8 @@ a function of the checkpoint alone; the policy is the base with the overlay's bi
 
 Update rule. With exact = float32(w) - step * float32(g), step = lr * c, an entry becomes
 
-    w' = round_to_format( exact )                                   Plain, and Quantised where code != 0
-    w' = exact rounded to a multiple of u if |exact| < 128 u,       Quantised where code == 0
+    w' = round_to_format( exact )                        Plain, Streamed, and Quantised where code != 0
+    w' = exact rounded to a multiple of u if |exact| < 128 u,                Quantised where code == 0
          else bf16( exact ),   u = ulp_bf16( s / 4 ), s = absmax / 127 the row's quantisation step
 
 Next to 0 every number has a bf16 of its own, so every entry whose code is 0 would change at every step;
@@ -31,10 +36,13 @@ the import takes seconds; a test holds the two to the same bits.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .stream import Source
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
 RECIPROCAL = 7.874015748698502e-3  # 1 / 127, as bitsandbytes writes it
@@ -85,6 +93,34 @@ class Overlay:
             return torch.zeros_like(position_M), torch.zeros_like(position_M, dtype=torch.bool)
         slot_M = torch.searchsorted(self.position_N, position_M).clamp_(max=len(self) - 1)
         return slot_M, self.position_N[slot_M] == position_M
+
+    def among(self, rows: Rows, width: int) -> tuple[Tensor | slice, Tensor]:
+        """Slots here that lie in those rows of a matrix, and their flat indices among them.
+
+        `rows`: a slice, or row numbers [R]. Syncs with the device.
+        """
+        position_N = self.position_N
+        if isinstance(rows, slice):
+            ends = torch.tensor([rows.start * width, rows.stop * width], device=position_N.device)
+            low, high = torch.searchsorted(position_N, ends).tolist()
+            return slice(low, high), position_N[low:high] - rows.start * width
+        low_R = torch.searchsorted(position_N, rows * width)
+        count_R = torch.searchsorted(position_N, (rows + 1) * width) - low_R
+        row_N = torch.repeat_interleave(count_R)
+        rank_N = torch.arange(len(row_N), device=rows.device) - (count_R.cumsum(0) - count_R)[row_N]
+        slot_N = low_R[row_N] + rank_N
+        return slot_N, position_N[slot_N] + (row_N - rows[row_N]) * width
+
+    def lay_on_(self, out: Tensor, dtype: torch.dtype, rows: Rows | None = None) -> Tensor:
+        """Write the entries, which are of `dtype`, into those rows of a matrix, or the whole. In place."""
+        if not len(self):
+            return out
+        if rows is None:
+            out.view(-1)[self.position_N] = self.bits_N.view(dtype).to(out.dtype)
+            return out
+        slot_N, index_N = self.among(rows, out.shape[-1])
+        out.view(-1)[index_N] = self.bits_N[slot_N].view(dtype).to(out.dtype)
+        return out
 
     def put_(self, position_M: Tensor, bits_M: Tensor, *, overwrite: bool) -> None:
         """Add entries, sorted; those already there keep their bits unless `overwrite`."""
@@ -164,19 +200,22 @@ class Plain:
 
 
 class Quantised:
-    """A matrix as frozen codes [O, I] and a scale a row; the policy's changed entries lie over it."""
+    """A matrix as frozen codes [O, I] and a scale a row; the policy's changed entries lie over it.
 
-    dtype = torch.bfloat16  # of a value
+    `dtype` is that of a value: bf16, but the checkpoint's own for the twin of a streamed matrix.
+    """
 
-    def __init__(self, code_OI: Tensor, absmax_O: Tensor) -> None:
-        self.code_OI, self.absmax_O = code_OI, absmax_O
+    def __init__(self, code_OI: Tensor, absmax_O: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.code_OI, self.absmax_O, self.dtype = code_OI, absmax_O, dtype
         self.shape = code_OI.shape
         self.overlay = Overlay.empty(torch.empty(0, dtype=self.dtype, device=code_OI.device))
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], device: torch.device) -> Quantised:
+    def empty(
+        cls, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.bfloat16
+    ) -> Quantised:
         code_OI = torch.empty(shape, dtype=torch.int8, device=device)
-        return cls(code_OI, torch.empty(shape[0], dtype=torch.float32, device=device))
+        return cls(code_OI, torch.empty(shape[0], dtype=torch.float32, device=device), dtype)
 
     @classmethod
     def of(cls, weight_OI: Tensor) -> Quantised:
@@ -216,8 +255,7 @@ class Quantised:
     def copy_to_(self, out: Tensor) -> Tensor:
         """The whole policy's matrix. In place."""
         self._dequantise_to_(out, self.code_OI, self.absmax_O)
-        out.view(-1)[self.overlay.position_N] = self.overlay.bits_N.view(self.dtype).to(out.dtype)
-        return out
+        return self.overlay.lay_on_(out, self.dtype)
 
     def rows(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         """As Plain.rows. Syncs with the device."""
@@ -228,24 +266,8 @@ class Quantised:
             code_RI, absmax_R = self.code_OI[rows], self.absmax_O[rows]
         out_RI = torch.empty(code_RI.shape, dtype=dtype, device=code_RI.device)
         self._dequantise_to_(out_RI, code_RI, absmax_R)
-        if len(self.overlay):
-            slot_N, index_N = self._over(rows)
-            out_RI.view(-1)[index_N] = self.overlay.bits_N[slot_N].view(self.dtype).to(dtype)
+        self.overlay.lay_on_(out_RI, self.dtype, rows)
         return out_RI if shape is None else out_RI.view(*shape, -1)
-
-    def _over(self, rows: Rows) -> tuple[Tensor | slice, Tensor]:
-        """The overlay's slots that lie in those rows, and their flat indices among them."""
-        width, position_N = self.shape[1], self.overlay.position_N
-        if isinstance(rows, slice):
-            ends = torch.tensor([rows.start * width, rows.stop * width], device=position_N.device)
-            low, high = torch.searchsorted(position_N, ends).tolist()
-            return slice(low, high), position_N[low:high] - rows.start * width
-        low_R = torch.searchsorted(position_N, rows * width)
-        count_R = torch.searchsorted(position_N, (rows + 1) * width) - low_R
-        row_N = torch.repeat_interleave(count_R)
-        rank_N = torch.arange(len(row_N), device=rows.device) - (count_R.cumsum(0) - count_R)[row_N]
-        slot_N = low_R[row_N] + rank_N
-        return slot_N, position_N[slot_N] + (row_N - rows[row_N]) * width
 
     def _base_at(self, position_N: Tensor) -> Tensor:
         code_N = self.code_OI.view(-1)[position_N]
@@ -292,4 +314,96 @@ class Quantised:
         self.overlay = policy
 
 
-Held = Plain | Quantised
+class Streamed:
+    """A matrix that stays in the checkpoint; `present` while its layer is on the device.
+
+    Reading anything but the present layer goes through host memory, a block at a time.
+    """
+
+    def __init__(self, source: Source, device: torch.device, sampled: Quantised | None = None) -> None:
+        self.source, self.device, self.sampled = source, device, sampled
+        self.shape, self.dtype = source.shape, source.dtype
+        self.present: Tensor | None = None  # the policy, whole, in the checkpoint's format
+        like = torch.empty(0, dtype=self.dtype, device=device)
+        self.overlay = sampled.overlay if sampled else Overlay.empty(like)
+        self.below = Overlay.empty(like)  # the base's bits at the overlay's positions
+
+    @property
+    def nbytes(self) -> int:
+        """On the device, between the layers' visits."""
+        return (self.sampled.nbytes if self.sampled else self.overlay.nbytes) + self.below.bits_N.nbytes
+
+    def arrive_(self, base: Tensor | None) -> None:
+        """The base is on the device now, in memory that may be written to; None: it is not any more."""
+        self.present = None if base is None else self.overlay.lay_on_(base, self.dtype)
+
+    def whole(self, dtype: torch.dtype) -> Tensor | None:
+        return self.present if self.dtype == dtype else None
+
+    def copy_to_(self, out: Tensor) -> Tensor:
+        """The whole policy's matrix. In place."""
+        if self.present is not None:
+            return out.copy_(self.present)
+        self._read_to_(out, 0)
+        return self.overlay.lay_on_(out, self.dtype)
+
+    def _read_to_(self, out: Tensor, first_row: int) -> None:
+        """The base's rows from `first_row` on."""
+        width = math.prod(self.shape[1:])
+        part = torch.empty(min(BLOCK, out.numel()), dtype=self.dtype)
+        flat = out.view(-1)
+        for start in range(0, len(flat), BLOCK):
+            here = flat[start : start + BLOCK]
+            here.copy_(self.source.read_(part[: len(here)], first_row * width + start))
+
+    def rows(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """As Plain.rows. Syncs with the device."""
+        if self.present is not None:
+            return self.present[rows].to(dtype)
+        if isinstance(rows, slice):
+            out_RI = torch.empty((rows.stop - rows.start, *self.shape[1:]), dtype=dtype, device=self.device)
+            self._read_to_(out_RI, rows.start)
+            return self.overlay.lay_on_(out_RI, self.dtype, rows)
+        own_R, inverse = torch.unique(rows, return_inverse=True)
+        out_RI = self.source.rows(own_R.cpu().numpy()).to(self.device, dtype)
+        return self.overlay.lay_on_(out_RI, self.dtype, own_R)[inverse]
+
+    def at(self, position_N: Tensor) -> Tensor:
+        """Entries by flat position; for few (Source.bits)."""
+        bits_N = torch.from_numpy(self.source.bits(position_N.cpu().numpy()).view(f"i{self.dtype.itemsize}"))
+        value_N = bits_N.to(self.device).view(self.dtype)
+        slot_N, found_N = self.overlay.find(position_N)
+        value_N[found_N] = self.overlay.bits_N[slot_N[found_N]].view(self.dtype)
+        return value_N
+
+    def coarse(self, rows: Rows) -> Coarse | None:
+        return None
+
+    def coarse_at(self, position_N: Tensor) -> Coarse | None:
+        return None
+
+    def write_(self, entries: Changed) -> None:
+        self.overlay.put_(entries.position_N, entries.after_bits_N, overwrite=True)
+        self.below.put_(entries.position_N, entries.before_bits_N, overwrite=False)
+        self.below.position_N = self.overlay.position_N  # the same: kept once
+
+    def difference(self) -> Changed:
+        """As Plain.difference."""
+        return Changed(self.overlay.position_N, self.below.bits_N, self.overlay.bits_N)
+
+    def take_off_(self) -> Overlay:
+        """As Plain.take_off_."""
+        policy = self.overlay
+        self._lay_over(Overlay(policy.position_N[:0], policy.bits_N[:0]))
+        return policy
+
+    def put_back_(self, policy: Overlay) -> None:
+        self._lay_over(policy)
+
+    def _lay_over(self, overlay: Overlay) -> None:
+        self.overlay = overlay
+        if self.sampled:
+            self.sampled.overlay = overlay
+
+
+Held = Plain | Quantised | Streamed

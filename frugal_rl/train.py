@@ -31,7 +31,7 @@ from .loss import ALGORITHMS, overlong_penalty
 from .memory import Plan, Shape, Work, host_bytes, peak_resident_bytes, plan, return_large_blocks
 from .models import ModelFiles, find_model, load_tokenizer
 from .patch import Patch
-from .policy import Policy, best_device, load_policy
+from .policy import Policy, best_device, load_policy, load_reference
 from .problems import Problem, ProblemSet, draw, load_problems
 from .reward import Judgement, Verifier
 from .rollout import Request, Rollout
@@ -93,7 +93,7 @@ def open_session(
         on_error=recipe.reward.on_error,
     ) as verifier:
         problems = _drop_bad_golds(problems, verifier, report)
-        policy = load_policy(files, tokenizer, device, quantise=recipe.model.weights == "int8")
+        policy = load_policy(files, tokenizer, device, form=recipe.model.weights)
         limit = policy.decoder.max_tokens
         if longest_prompt + rollout.max_tokens > limit:
             raise InputError(
@@ -115,9 +115,25 @@ def open_session(
                 temperature=rollout.temperature,
                 micro_tokens=divided.micro_tokens,
                 boundary_on_host=divided.boundary_on_host,
+                reference=_reference(recipe, policy, divided),
             ),
             verifier=verifier,
         )
+
+
+def _reference(recipe: Recipe, policy: Policy, divided: Plan) -> Learner | None:
+    """Another model that scores the policy's rollouts; None where it is the policy with its patch off."""
+    if recipe.model.reference == "base":
+        return None
+    decoder = load_reference(find_model(recipe.model.reference), policy)
+    return Learner(
+        decoder,
+        lr=recipe.learner.lr,
+        clip=None,
+        temperature=recipe.rollout.temperature,
+        micro_tokens=divided.micro_tokens,
+        boundary_on_host=divided.boundary_on_host,
+    )
 
 
 def _longest_prompt(problems: ProblemSet) -> int:
@@ -373,13 +389,16 @@ def _finish(
     }
     # the patch is a function of the recipe alone: no times, so that two equal runs are equal files
     meta = {"recipe": session.recipe.to_toml(), "metrics": results}
-    if session.recipe.model.weights == "int8":
+    form = session.recipe.model.weights
+    if form == "int8":
         patch, lost = export(weights, session.files.folder, session.files.name, meta)
-        exported = _exported(session, patch, report) if journal.step in accuracy else None
-        results |= {"accuracy_exported": asdict(exported) if exported else None, "export_lost": lost}
-        patch = replace(patch, meta=meta)
+        results |= {"export_lost": lost}
     else:
         patch = weights.patch(meta)
+    if form != "bf16":  # what was sampled is not what the patch makes of the checkpoint
+        exported = _exported(session, patch, report) if journal.step in accuracy else None
+        results |= {"accuracy_exported": asdict(exported) if exported else None}
+        patch = replace(patch, meta=meta)
     patch_bytes = patch.save(journal.folder / "patch.safetensors")
     summary = {
         **results,
@@ -400,7 +419,7 @@ def _finish(
 
 
 def _exported(session: Session, patch: Patch, report: Reporter) -> Score | None:
-    """Score an int8 run's patch on the checkpoint in its own format; None if that does not fit."""
+    """Score a run's patch on the checkpoint in its own format; None if that does not fit."""
     policy, device = session.policy, session.policy.decoder.device
     recipe = replace(session.recipe, model=replace(session.recipe.model, weights="bf16"))
     try:
@@ -413,7 +432,7 @@ def _exported(session: Session, patch: Patch, report: Reporter) -> Score | None:
         )
     except InputError:
         report.say(
-            "the whole checkpoint does not fit beside the int8 policy: "
+            f"the whole checkpoint does not fit beside the {session.recipe.model.weights} policy: "
             "score its patch with frugal-rl eval --patch"
         )
         return None

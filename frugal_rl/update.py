@@ -89,8 +89,7 @@ def learn(learner: Learner, recipe: Recipe, groups: Sequence[Group]) -> Step | N
     max_tokens = recipe.rollout.max_tokens
     reference_BT = None
     if kl:
-        with learner.decoder.weights.base():
-            reference_BT = learner.log_probs(rollouts)
+        reference_BT = learner.reference_log_probs(rollouts)
 
     def loss(logprob_BT: Tensor) -> tuple[Tensor, dict[str, float]]:
         old_BT = logprob_BT.detach()  # one step a batch: the old policy is the learner itself

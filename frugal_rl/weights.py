@@ -1,10 +1,14 @@
-"""The policy's weights: the checkpoint's tensors, whole or in int8, and the patch that leads back.
+"""The policy's weights: the checkpoint's tensors, whole, in int8 or streamed, and the patch that leads back.
 
 Law: `policy = base + overlay`. The overlay keeps, for every entry that any step has changed, its flat
 position and the bits that the tensor itself does not hold (storage.py: a tensor changed in place misses
 the base's, a frozen int8 matrix the policy's); `base()` takes it off for as long as the reference policy
 is wanted, and `patch()` is the difference. Nothing else is stored: no second model, no master copy, no
 optimizer state.
+
+With streamed matrices (`host` weights) the policy has two readers: what `load`, `rows` and `lookup` return
+is the checkpoint's exact policy, but inside `sampling()` it is the int8 twin's. `bring` puts a layer's
+matrices on the device.
 
 Update rule (plain SGD under the storage format's own rounding), for entry w with gradient g:
 
@@ -28,7 +32,7 @@ torch.optim.SGD on a bf16 parameter would round the gradient to bf16 first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,10 +44,12 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .errors import InputError
 from .patch import AlreadyApplied, BaseInfo, Patch, TensorPatch, WrongBase
-from .storage import BLOCK, Changed, Held, Overlay, Plain, Quantised, bits_of, rounded
+from .storage import BLOCK, Changed, Held, Overlay, Plain, Quantised, Rows, Streamed, bits_of, rounded
+from .stream import LayerStream, Source
 
 STORAGE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in STORAGE.items()}
+PROPOSED = 1 << 22  # entries that are proposed at a time: 70 MiB of scratch
 MOVED = 1e-5  # the papers' threshold for "changed" (arXiv 2505.11711, 2602.07729)
 
 
@@ -72,7 +78,7 @@ class Commit:
 
 
 class Weights:
-    """All tensors of one checkpoint on one device: in its own format, or its matrices in int8.
+    """All tensors of one checkpoint on one device: in its own format, or its matrices in int8 or streamed.
 
     `compute_dtype` is what `load` and `rows` return: float32 on a CPU (where bf16 arithmetic is many
     times slower), the storage format elsewhere. `held` has the tensors in the form they are held in.
@@ -80,14 +86,13 @@ class Weights:
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor | Quantised],
+        tensors: Mapping[str, Tensor | Quantised | Streamed],
         *,
         compute_dtype: torch.dtype | None = None,
         base: BaseInfo | None = None,
     ) -> None:
         self.held: dict[str, Held] = {
-            name: tensor if isinstance(tensor, Quantised) else Plain(tensor)
-            for name, tensor in tensors.items()
+            name: Plain(tensor) if isinstance(tensor, Tensor) else tensor for name, tensor in tensors.items()
         }
         self.device = next(iter(self.held.values())).overlay.position_N.device
         quantised = [h for h in self.held.values() if isinstance(h, Quantised)]
@@ -97,6 +102,9 @@ class Weights:
             compute_dtype = torch.float32 if self.device.type == "cpu" else self.storage_dtype
         self.compute_dtype = compute_dtype
         self.base_info = base
+        self._sampling = False
+        self._stream: LayerStream | None = None
+        self._present: tuple[int, list[Streamed]] | None = None
 
     @classmethod
     def from_checkpoint(
@@ -107,15 +115,17 @@ class Weights:
         name: str,
         names: frozenset[str],
         quantise: bool = False,
+        stream: bool = False,
     ) -> Weights:
         """Load tensor by tensor. Peak: the final size and one tensor; quantising, and a block of rows.
 
         `name`: what patches call the base. `names`: the tensors wanted (a checkpoint may hold a copy of
-        a tied head). `quantise`: hold matrices in int8. Raises InputError for a format that SGD cannot be
-        exact on.
+        a tied head). `quantise`: hold matrices in int8. `stream`: leave them in the checkpoint; with
+        `quantise` too, for a sampler, in int8 beside it. Raises InputError for a format that SGD cannot
+        be exact on.
         """
         checkpoint = Checkpoint(folder)
-        tensors: dict[str, Tensor | Quantised] = {}
+        tensors: dict[str, Tensor | Quantised | Streamed] = {}
         for key, info in checkpoint.tensors.items():
             if key not in names:
                 continue
@@ -125,13 +135,19 @@ class Weights:
                     f"{', '.join(STORAGE)}: take an unquantised checkpoint"
                 )
             bits, dtype = checkpoint.bits(key), STORAGE[info.dtype]
-            if quantise and len(info.shape) == 2:
-                tensors[key] = _quantised(bits, dtype, info.shape, device)
+            if (quantise or stream) and len(info.shape) == 2:
+                codes = _quantised(bits, dtype, info.shape, device, own=stream) if quantise else None
+                if stream:
+                    tensors[key] = Streamed(Source(info, dtype), device, codes)
+                elif codes is not None:
+                    tensors[key] = codes
                 continue
             flat = torch.empty(math.prod(info.shape), dtype=dtype, device=device)
             bits_of(flat).copy_(signed(bits, torch.device("cpu")))
             tensors[key] = flat.view(info.shape)
-        if quantise:  # the base is a function of the checkpoint, known by the entries a patch touches
+        if (
+            quantise and not stream
+        ):  # the base is a function of the checkpoint, known by the entries a patch touches
             return cls(tensors, base=BaseInfo(f"{name} (int8)", {}))
         return cls(tensors, base=BaseInfo(name, checkpoint.fingerprints()))
 
@@ -143,7 +159,7 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors, and of the overlay where it is part of the policy (int8)."""
+        """On the device: of all tensors, and of the overlay where it is part of the policy."""
         return sum(h.nbytes for h in self.held.values())
 
     @property
@@ -159,9 +175,56 @@ class Weights:
         """Of every tensor that has changed."""
         return {name: h.overlay for name, h in self.held.items() if len(h.overlay)}
 
+    def seen(self, name: str) -> Held:
+        """The tensor as the present reader has it: the sampler of a streamed matrix sees its int8 twin."""
+        held = self.held[name]
+        return held.sampled if self._sampling and isinstance(held, Streamed) and held.sampled else held
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """While the sampler reads. The layers' place on the device is free for its cache."""
+        self.release()
+        self._sampling = True
+        try:
+            yield
+        finally:
+            self._sampling = False
+
+    def stream_by(self, groups: Sequence[Sequence[str]]) -> None:
+        """Say which tensors `bring` brings together: the layers, in order."""
+        streamed = [{n: h for n in group if isinstance(h := self.held[n], Streamed)} for group in groups]
+        if any(streamed):
+            self._groups = streamed
+            sources = [{name: held.source for name, held in group.items()} for group in streamed]
+            self._stream = LayerStream(sources, self.device)
+
+    def bring(self, index: int) -> None:
+        """Have group `index` on the device, until another is brought. No effect where nothing is streamed."""
+        if self._stream is None or self._sampling or (self._present and self._present[0] == index):
+            return
+        self._leave()
+        arrived = self._stream.bring(index)
+        group = self._groups[index]
+        for name, held in group.items():
+            held.arrive_(arrived[name])
+        self._present = index, list(group.values())
+
+    def _leave(self) -> None:
+        """No layer is on the device: what is brought next has the patch of then."""
+        if self._present:
+            for held in self._present[1]:
+                held.arrive_(None)
+        self._present = None
+
+    def release(self) -> None:
+        """Give back the device memory in which layers are brought."""
+        self._leave()
+        if self._stream is not None:
+            self._stream.release()
+
     def load(self, name: str, scratch: Tensor | None = None) -> Tensor:
         """The whole tensor in the compute format: a view where it is stored so, else a copy in `scratch`."""
-        held = self.held[name]
+        held = self.seen(name)
         whole = held.whole(self.compute_dtype)
         if whole is not None:
             return whole
@@ -171,16 +234,17 @@ class Weights:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) in the compute format."""
-        return self.held[name].rows(slice(start, stop), self.compute_dtype)
+        return self.seen(name).rows(slice(start, stop), self.compute_dtype)
 
     def lookup(self, name: str, index_T: Tensor) -> Tensor:
         """Rows by index (an embedding) in the compute format."""
-        return self.held[name].rows(index_T, self.compute_dtype)
+        return self.seen(name).rows(index_T, self.compute_dtype)
 
     # --- writing
 
     def write_(self, changed: Mapping[str, Changed]) -> None:
         """Lay a step over the weights and remember what was below. In place."""
+        self._leave()
         for name, entries in changed.items():
             self.held[name].write_(entries)
 
@@ -216,10 +280,12 @@ class Weights:
     @contextmanager
     def base(self) -> Iterator[None]:
         """The reference policy: the patch taken off in place, and put back at the end."""
+        self._leave()
         policy = {name: h.take_off_() for name, h in self.held.items()}
         try:
             yield
         finally:
+            self._leave()
             for name, overlay in policy.items():
                 self.held[name].put_back_(overlay)
 
@@ -245,10 +311,10 @@ class Weights:
 
 
 def _quantised(
-    bits: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+    bits: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, *, own: bool
 ) -> Quantised:
-    """A checkpoint's matrix, quantised a block of rows at a time."""
-    made = Quantised.empty(shape, device)
+    """A checkpoint's matrix, quantised a block of rows at a time; its values in its `own` format or bf16."""
+    made = Quantised.empty(shape, device, dtype if own else torch.bfloat16)
     rows = max(1, BLOCK // shape[1])
     for start in range(0, shape[0], rows):
         part = signed(bits[start * shape[1] : (start + rows) * shape[1]], device)
@@ -311,31 +377,41 @@ class Transaction:
     lr: float
     clip: float | None
     _square: Tensor | None = None
-    _proposed: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    # by tensor: positions, gradients, and the bits of before
+    _proposed: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict)
 
     def propose(
         self, name: str, gradient: Tensor, *, first_row: int = 0, row_R: Tensor | None = None
     ) -> None:
         """Take the float32 gradient of some rows of one tensor: those from `first_row` on, or `row_R`.
 
-        Every row belongs to one proposal only. Syncs with the device once (the count of kept entries).
+        Every row belongs to one proposal only. Syncs with the device (the count of kept entries).
         """
         square = _square(gradient)
         self._square = square if self._square is None else self._square + square
-        held = self.weights.held[name]
-        rows = slice(first_row, first_row + len(gradient)) if row_R is None else row_R
-        before = held.rows(rows, held.dtype)
         step = self.lr * self._factor(self._square.sqrt())
+        most = max(1, PROPOSED // math.prod(gradient.shape[1:]))
+        for start in range(0, len(gradient), most):
+            part = gradient[start : start + most]
+            first = first_row + start
+            rows = slice(first, first + len(part)) if row_R is None else row_R[start : start + most]
+            self._propose_rows(name, part, step, rows)
+
+    def _propose_rows(self, name: str, gradient: Tensor, step: Tensor, rows: Rows) -> None:
+        held = self.weights.held[name]
+        before = held.rows(rows, held.dtype)
+        before_bits_N = bits_of(before.contiguous())
         after = rounded(before, gradient, step, held.coarse(rows))
-        kept_N = torch.nonzero(bits_of(after) != bits_of(before.contiguous())).view(-1)
+        kept_N = torch.nonzero(bits_of(after) != before_bits_N).view(-1)
         width = math.prod(held.shape[1:])
-        if row_R is None:
-            position_N = kept_N + first_row * width
+        if isinstance(rows, slice):
+            position_N = kept_N + rows.start * width
         else:
-            position_N = row_R[kept_N // width] * width + kept_N % width
+            position_N = rows[kept_N // width] * width + kept_N % width
         if math.prod(held.shape) < 2**31:  # four bytes less for every entry that waits
             position_N = position_N.int()
-        self._proposed.setdefault(name, []).append((position_N, gradient.reshape(-1)[kept_N]))
+        kept = position_N, gradient.reshape(-1)[kept_N], before_bits_N[kept_N]
+        self._proposed.setdefault(name, []).append(kept)
 
     def _factor(self, norm: Tensor) -> Tensor:
         if self.clip is None:
@@ -352,16 +428,17 @@ class Transaction:
         changed = {}
         for name in list(self._proposed):
             chunks = self._proposed.pop(name)  # so that what waits and what is committed never coexist
-            position_N = torch.cat([p for p, _ in chunks]).long()
-            gradient_N = torch.cat([g for _, g in chunks])
-            position_N, order_N = torch.sort(position_N)
+            position_N, order_N = torch.sort(torch.cat([position for position, _, _ in chunks]))
+            position_N = position_N.long()
+            gradient_N = torch.cat([gradient for _, gradient, _ in chunks])[order_N]
+            before_bits_N = torch.cat([bits for _, _, bits in chunks])[order_N]
             held = self.weights.held[name]
-            before_N = held.at(position_N)
-            after_N = rounded(before_N, gradient_N[order_N], self.lr * factor, held.coarse_at(position_N))
-            differs_N = bits_of(after_N) != bits_of(before_N)
+            before_N = before_bits_N.view(held.dtype)
+            after_N = rounded(before_N, gradient_N, self.lr * factor, held.coarse_at(position_N))
+            differs_N = bits_of(after_N) != before_bits_N
             if bool(differs_N.any()):
                 changed[name] = Changed(
-                    position_N[differs_N], bits_of(before_N)[differs_N], bits_of(after_N)[differs_N]
+                    position_N[differs_N], before_bits_N[differs_N], bits_of(after_N)[differs_N]
                 )
         self.weights.write_(changed)
         return Commit(norm, float(factor), changed)

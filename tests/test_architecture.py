@@ -19,7 +19,7 @@ LEVELS = [
     ["container", "codes", "patch", "config", "rollout", "tasks", "console"],
     ["undo", "checkpoint", "workers", "answers"],
     ["live", "problems", "reward", "loss", "memory", "models", "shapes"],
-    ["doctor", "storage", "weights"],
+    ["doctor", "stream", "storage", "weights"],
     ["decoder"],
     ["policy", "learn", "generate.cache", "generate.engine"],
     ["update", "evaluate", "journal"],

@@ -221,7 +221,6 @@ def test_a_wrong_value_is_refused_with_what_was_got_and_what_was_expected(overri
 @pytest.mark.parametrize(
     ("override", "only"),
     [
-        ("model.reference=Qwen/Qwen2.5-7B", "base"),
         ("rollout.generator=llama.cpp", "engine"),
         ("learner.kind=adamw", "sgd"),
     ],

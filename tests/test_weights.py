@@ -188,7 +188,7 @@ def test_proposals_stay_small_when_the_norm_is_far_above_the_clip() -> None:
     transaction = Transaction(weights, 1e-3, 1.0)
     for name in ("c", "a", "b"):
         transaction.propose(name, huge[name])
-    kept = sum(len(p) for chunks in transaction._proposed.values() for p, _ in chunks)
+    kept = sum(len(p) for chunks in transaction._proposed.values() for p, *_ in chunks)
     changed = transaction.commit().entries
     assert kept <= changed * 1.2 + 10  # at scale 1 every one of the 6812 entries would have been kept
     assert 0 < changed < 3000
