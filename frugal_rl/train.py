@@ -114,6 +114,7 @@ def open_session(
                 clip=recipe.learner.clip,
                 temperature=rollout.temperature,
                 micro_tokens=divided.micro_tokens,
+                boundary_every=divided.boundary_every,
                 boundary_on_host=divided.boundary_on_host,
             ),
             verifier=verifier,
@@ -144,6 +145,7 @@ def divide(
         compute_bytes=4 if device.type != "cuda" else 2 if quantised else storage,
         has_host=device.type == "cuda",
         form=recipe.model.weights,
+        host_room_bytes=host_bytes() * 3 // 4,
     )
     return plan(Shape.from_config(files.config), work, budget)
 
