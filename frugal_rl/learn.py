@@ -3,22 +3,25 @@
 With hidden states x_0 = embed(tokens), x_{l+1} = layer_l(x_l), and L a function of the response tokens'
 log-probabilities of the whole batch:
 
-1. forward: all micro-batches through layer 0, then all through layer 1, ...; only the x_l at the layer
-   boundaries are kept;
+1. forward: all micro-batches through layer 0, then all through layer 1, ...; only the x_l at every k-th
+   layer boundary are kept (`boundary_every`);
 2. head: log-probabilities [B, T] of the whole batch, block by block of the vocabulary (see decoder).
    `loss(logprob_BT)` is called ONCE on them, so batch-wide normalisers and sequence-level ratios cost
    nothing, and its gradient g = dL/dlogprob is all that the rest needs. With one step a batch, the old
    policy's log-probabilities are these very numbers;
 3. head again with g: dL/dx_L, and dL/dW_head proposed block by block;
-4. backward: for l from the top, all micro-batches: recompute layer_l with its weights as leaves,
-   accumulate ITS weight gradient in float32, propose it (weights.Transaction), free it;
+4. backward: for each group of k layers from the top, compute its inner x_l anew from the kept one, by the
+   same operations and so to the same bits; then for l from the group's top, all micro-batches: recompute
+   layer_l with its weights as leaves, accumulate ITS weight gradient in float32, propose it
+   (weights.Transaction), free it;
 5. embedding: only rows that occur get a gradient. Where the head is tied, the head's gradient of those
    rows waits for it, so that a row is proposed once, with the sum;
 6. commit, or drop the step whole.
 
 The result equals torch.optim.SGD with clip_grad_norm_ on the whole batch up to the order of sums; no
 gradient buffer of the model exists at any time. Cost: 8 FLOPs a parameter and token (forward 2, again
-in the recomputation 2, backward 4).
+in the recomputation 2, backward 4); with k > 1 another 2 (k - 1) / k, and of the L + 1 hidden states of
+the whole batch about L / k + k are alive (memory.live_states).
 
 Source: layer-wise updates as in LOMO (arXiv 2306.09782). Differs: LOMO updates while it goes back and
 needs a second backward pass for the global norm; here nothing is written before the norm is known.
@@ -27,7 +30,7 @@ needs a second backward pass for the global norm; here nothing is written before
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,9 +58,11 @@ class Step:
 class Learner:
     """SGD on `decoder`'s weights.
 
-    `micro_tokens` bounds the padded tokens in a layer at a time. `boundary_on_host` keeps hidden states of
-    the whole batch in host memory: the device sees a micro-batch of them at a time. `reference`: another
-    model that scores the rollouts where the loss wants one; None: this one with its patch off.
+    `micro_tokens` bounds the padded tokens in a layer at a time. `boundary_every`: of the hidden states at
+    layer boundaries, those of every so many layers are kept; the results have the same bits.
+    `boundary_on_host` keeps hidden states of the whole batch in host memory (page-locked if the device is a
+    GPU): the device sees a micro-batch of them at a time. `reference`: another model that scores the
+    rollouts where the loss wants one; None: this one with its patch off.
     """
 
     decoder: Decoder
@@ -65,6 +70,7 @@ class Learner:
     clip: float | None
     temperature: float
     micro_tokens: int
+    boundary_every: int = 1
     boundary_on_host: bool = False
     reference: Learner | None = None
 
@@ -84,25 +90,34 @@ class Learner:
         """Log-probabilities [B, T] (nats, float32, 0 where padded) of the responses. No gradient."""
         with torch.no_grad():
             batch = _Batch(self.decoder, rollouts, self.micro_tokens)
-            hidden = batch.embed(self._place)
+            states = self._embed(batch)
             for index in range(len(self.decoder.layers)):
-                hidden = self._through(index, batch, hidden)
-            state, _ = self._head(batch, hidden)
+                self._through(index, batch, states)
+            state, _ = self._head(batch, states)
             return batch.spread(state.logprob_N)
 
-    @property
-    def _place(self) -> torch.device:
-        """Where hidden states of the whole batch are."""
-        return torch.device("cpu") if self.boundary_on_host else self.decoder.device
+    def _away(self, state: Tensor) -> Tensor:
+        """A hidden state, to where those of the whole batch are kept. No sync."""
+        if not self.boundary_on_host:
+            return state
+        locked = state.is_cuda
+        kept = torch.empty(state.shape, dtype=state.dtype, device="cpu", pin_memory=locked)
+        # only the device reads it again, on the same stream; torch frees neither side of a copy under way
+        return kept.copy_(state, non_blocking=locked)
 
-    def _through(self, index: int, batch: _Batch, states: list[Tensor]) -> list[Tensor]:
-        """All micro-batches through one layer."""
-        device = self.decoder.device
+    def _here(self, state: Tensor) -> Tensor:
+        """Inverse of `_away`."""
+        return state.to(self.decoder.device, non_blocking=True)
+
+    def _embed(self, batch: _Batch) -> list[Tensor]:
+        """x_0 of each micro-batch."""
+        return [self._away(hidden) for hidden in batch.embed()]
+
+    def _through(self, index: int, batch: _Batch, states: list[Tensor]) -> None:
+        """All micro-batches through one layer, each in the place of its input."""
         with self.decoder.layer(index) as layer:
-            return [
-                layer(hidden.to(device), **arguments[index]).to(self._place)
-                for hidden, arguments in zip(states, batch.arguments, strict=True)
-            ]
+            for m, arguments in enumerate(batch.arguments):
+                states[m] = self._away(layer(self._here(states[m]), **arguments[index]))
 
     def step(self, rollouts: Sequence[Rollout], loss: Loss) -> Step:
         """One optimizer step on the whole batch. Commits it, or leaves the weights as they were.
@@ -113,13 +128,15 @@ class Learner:
         decoder = self.decoder
         transaction = Transaction(decoder.weights, self.lr, self.clip)
         batch = _Batch(decoder, rollouts, self.micro_tokens)
+        layers, every = len(decoder.layers), self.boundary_every
         boundary: list[list[Tensor]] = []
         with torch.no_grad():
-            top = batch.embed(self._place)
-            for index in range(len(decoder.layers)):
-                boundary.append(top)
-                top = self._through(index, batch, top)
-            state, normed_ND = self._head(batch, top)
+            states = self._embed(batch)
+            for index in range(layers):
+                if index % every == 0:
+                    boundary.append(list(states))
+                self._through(index, batch, states)
+            state, normed_ND = self._head(batch, states)
         logprob_BT = batch.spread(state.logprob_N).requires_grad_()
         value, stats = loss(logprob_BT)
         number, entropy = float(value.detach()), float(state.entropy_N.mean())
@@ -145,12 +162,15 @@ class Learner:
                 take,
             )
             del normed_ND
-        slopes = self._norm_backward(batch, top, slope_ND, transaction)
-        del top, slope_ND
-        for index in reversed(range(len(decoder.layers))):
-            self._layer_backward(index, batch, boundary.pop(), slopes, transaction)
+        self._norm_backward(batch, states, slope_ND, transaction)
+        del slope_ND
+        for first in reversed(range(0, layers, every)):
+            group = range(first, min(first + every, layers))
+            inputs = self._inputs_of(group, batch, boundary.pop())
+            for index in reversed(group):
+                self._layer_backward(index, batch, inputs.pop(), states, transaction)
         with torch.no_grad():
-            row_R, gradient_RD = batch.embedding_gradient(slopes)
+            row_R, gradient_RD = batch.embedding_gradient(map(self._here, states))
             if waiting is not None:
                 gradient_RD += waiting.gradient_RD
             transaction.propose(decoder.embed_name, gradient_RD, row_R=row_R)
@@ -160,26 +180,36 @@ class Learner:
         """Log-probabilities of all targets, and the normed states [N, D] that predict them."""
         with self.decoder.norm() as norm:
             normed_ND = torch.cat(
-                [norm(h.flatten(0, 1)[place_N]) for h, place_N in zip(top, batch.place, strict=True)]
+                [
+                    norm(self._here(hidden).flatten(0, 1)[place_N])
+                    for hidden, place_N in zip(top, batch.place, strict=True)
+                ]
             )
         return self.decoder.log_probs(normed_ND, batch.target_N, self.temperature), normed_ND
 
     def _norm_backward(
-        self, batch: _Batch, top: list[Tensor], slope_ND: Tensor, transaction: Transaction
-    ) -> list[Tensor]:
-        """dL/dx_L of each micro-batch; proposes the norm's weight."""
-        slopes = []
+        self, batch: _Batch, states: list[Tensor], slope_ND: Tensor, transaction: Transaction
+    ) -> None:
+        """Turn `states` from x_L into dL/dx_L, in place; propose the norm's weight."""
         with self.decoder.norm(learn=True) as norm:
-            for hidden, place_N, part in zip(top, batch.place, batch.parts, strict=True):
-                here = hidden.to(self.decoder.device)
+            for m, (place_N, part) in enumerate(zip(batch.place, batch.parts, strict=True)):
+                here = self._here(states[m])
                 state_ND = here.flatten(0, 1)[place_N].requires_grad_()
                 torch.autograd.backward(norm(state_ND), slope_ND[part])
                 slope = torch.zeros_like(here)
                 slope.flatten(0, 1)[place_N] = _gradient_of(state_ND)
-                slopes.append(slope.to(self._place))
+                states[m] = self._away(slope)
             (weight,) = norm.parameters()
             transaction.propose(self.decoder.norm_name, _gradient_of(weight).float())
-        return slopes
+
+    def _inputs_of(self, group: range, batch: _Batch, states: list[Tensor]) -> list[list[Tensor]]:
+        """x_l of every layer l of a group from that of its first; `states` is used up."""
+        inputs = [list(states)]
+        with torch.no_grad():
+            for index in group[:-1]:
+                self._through(index, batch, states)
+                inputs.append(list(states))
+        return inputs
 
     def _layer_backward(
         self,
@@ -190,14 +220,13 @@ class Learner:
         transaction: Transaction,
     ) -> None:
         """Turn `slopes` from dL/dx_{l+1} into dL/dx_l, in place; propose the layer's gradients."""
-        device = self.decoder.device
         with self.decoder.layer(index, learn=True) as layer:
             gradients = _accumulate_in_float32(layer)
             for m, arguments in enumerate(batch.arguments):
-                hidden = inputs[m].to(device).requires_grad_()
-                torch.autograd.backward(layer(hidden, **arguments[index]), slopes[m].to(device))
+                hidden = self._here(inputs[m]).detach().requires_grad_()
+                torch.autograd.backward(layer(hidden, **arguments[index]), self._here(slopes[m]))
                 # the state is not needed any more
-                slopes[m] = inputs[m] = _gradient_of(hidden).to(self._place)
+                slopes[m] = inputs[m] = self._away(_gradient_of(hidden))
             for target in self.decoder.targets[index]:
                 transaction.propose(target.name, gradients.pop(target.parameter))
 
@@ -245,14 +274,13 @@ class _Batch:
         self.flat_N = torch.from_numpy(np.concatenate(flat)).to(device)
         self.arguments: list[list[dict]] = []
 
-    def embed(self, place: torch.device) -> list[Tensor]:
-        """x_0 of each micro-batch, kept at `place`; also catches the arguments of the layers."""
-        states, self.arguments = [], []
+    def embed(self) -> Iterator[Tensor]:
+        """x_0 of each micro-batch in turn; also catches the arguments of the layers."""
+        self.arguments = []
         for token_BT in self.tokens:
             hidden = self.decoder.embed(token_BT)
             self.arguments.append(self.decoder.arguments(hidden))
-            states.append(hidden.to(place))
-        return states
+            yield hidden
 
     def spread(self, value_N: Tensor) -> Tensor:
         """[N] in the order of the micro-batches to [B, T] in the order of the rollouts."""
@@ -268,15 +296,14 @@ class _Batch:
         """Token ids that occur, ascending."""
         return torch.unique(torch.cat([t.view(-1) for t in self.tokens]))
 
-    def embedding_gradient(self, slopes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def embedding_gradient(self, slopes: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Rows of the embedding that occur, and their gradients in float32."""
         row_R = self.rows()
-        width = slopes[0].shape[-1]
+        width = self.decoder.weights.held[self.decoder.embed_name].shape[1]
         gradient_RD = torch.zeros(len(row_R), width, device=row_R.device)
         for token_BT, slope in zip(self.tokens, slopes, strict=True):
             index_T = torch.searchsorted(row_R, token_BT.view(-1))
-            here = slope.to(row_R.device)
-            gradient_RD.index_add_(0, index_T, here.reshape(-1, width).float())
+            gradient_RD.index_add_(0, index_T, slope.reshape(-1, width).float())
         return row_R, gradient_RD
 
 

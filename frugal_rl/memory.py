@@ -31,7 +31,8 @@ M_MMAP_THRESHOLD = -3  # mallopt's name for it
 # model (a replication of arXiv 2602.07729); small or random models change more
 CHANGED_SHARE = 0.004
 PATCH_BYTES = 10  # an entry of the patch: its position and the base's bits
-WAITING_BYTES = 8  # an entry that waits for the commit: its position and gradient
+WAITING_BYTES = 10  # an entry that waits for the commit: its position, gradient and bits
+PAGE_LOCKED_FACTOR = 2  # torch rounds page-locked blocks up to powers of two: less than twice the bytes
 HEAD_BYTES = 4 * (32 << 20)  # the head's blocks: rows, their gradient, logits and a copy (decoder.py)
 RESIDENT_BYTES = 64 << 20  # copies of all layers may stay while sampling, up to this (decoder.py)
 # the most tokens that go through a layer together: on a GPU its products gain nothing beyond; on a CPU the
@@ -94,12 +95,13 @@ class Form:
     entry_bytes: int | None
     row_bytes: int
     host: bool
+    patch_bytes: int = PATCH_BYTES
 
 
 FORMS = {
     "bf16": Form(entry_bytes=None, row_bytes=0, host=False),
     "int8": Form(entry_bytes=1, row_bytes=FLOAT32_BYTES, host=False),
-    "host": Form(entry_bytes=1, row_bytes=FLOAT32_BYTES, host=True),
+    "host": Form(entry_bytes=1, row_bytes=FLOAT32_BYTES, host=True, patch_bytes=PATCH_BYTES + 2),
 }
 
 
@@ -108,7 +110,10 @@ class Work:
     """What a step has to hold: rollouts, their longest lengths, and the formats it computes in.
 
     `storage_bytes`, `compute_bytes`: of an entry. `has_host`: the device has a host with memory of its
-    own, so that boundary states may go there.
+    own, so that boundary states may go there; `host_room_bytes` of it may be used (None: not known).
+    `reference`: another model that scores the rollouts, streamed from the host.
+
+    What is streamed comes from the system's page cache, which is not counted where it has no memory apart.
     """
 
     sequences: int
@@ -118,6 +123,8 @@ class Work:
     compute_bytes: int
     has_host: bool
     form: str = "bf16"
+    host_room_bytes: int | None = None
+    reference: Shape | None = None
 
     @property
     def longest(self) -> int:
@@ -128,6 +135,7 @@ class Work:
 class Plan:
     """How the budget is divided. `boundary_on_host`: whether states at layer boundaries leave the device.
 
+    `boundary_every`: they are kept for every so many layers, and computed anew for those between.
     `generating`, `learning`: bytes on the device by part; `host`: bytes in the memory of its host.
     `least_bytes`: the smallest budget that this work fits in.
     """
@@ -135,6 +143,7 @@ class Plan:
     slots: int
     micro_tokens: int
     boundary_on_host: bool
+    boundary_every: int
     budget_bytes: int
     least_bytes: int
     generating: Mapping[str, int]
@@ -191,53 +200,107 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
     whole = shape.layers * layer
     token = _activation_bytes(shape, compute)
     responses = work.sequences * work.response_tokens
-    state = work.sequences * work.longest * shape.hidden * compute  # hidden states of the whole batch
     entries = 2 * shape.layers * shape.kv_heads * shape.head_size * work.longest * compute
     logits = 3 * FLOAT32_BYTES * shape.vocabulary  # logits, their softmax and its sum
     slot = entries + logits
     generating = {
         "weights": weights,
         "layer copies": (whole if whole <= RESIDENT_BYTES else layer) if copied else 0,
-        "patch": changed * PATCH_BYTES,
+        "patch": changed * form.patch_bytes,
         "prefill": work.longest * token,  # one prompt at a time at least
     }
     learning = {
         "weights": weights,
-        # the next layer is on its way while one is computed
-        "layer copies": 2 * layer if form.host else layer if copied else 0,
-        "patch": changed * PATCH_BYTES,
+        "layer copies": _streamed_bytes(shape, work.storage_bytes, compute) if form.host else layer * copied,
+        "patch": changed * form.patch_bytes,
         "step's changes": changed * WAITING_BYTES,
         "gradient scratch": shape.layer_parameters * 2 * FLOAT32_BYTES,  # the sum, and the one being added
         # the states that predict a response token, normed, and their gradient
         "head": responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + HEAD_BYTES,
     }
-    states = (shape.layers + 2) * state  # at every boundary, and the gradient that travels down
+    if work.reference is not None:
+        # it scores before the step begins: what its layers need beyond what the step has for its own
+        theirs = _streamed_bytes(work.reference, work.storage_bytes, compute)
+        own = learning["layer copies"] + learning["step's changes"] + learning["gradient scratch"]
+        learning["reference's layers"] = max(0, theirs - own)
     fixed = sum(learning.values())
-    smallest = work.longest * token
-    least = fixed + smallest + (0 if work.has_host else states)
-    on_host = work.has_host and fixed + states + smallest > budget_bytes
-    fixed += 0 if on_host else states
+    smallest = fixed + work.longest * token
+    weights_on_host = shape.parameters * work.storage_bytes if form.host else 0
+    reference_on_host = work.reference.parameters * work.storage_bytes if work.reference is not None else 0
+    ways = _boundary_states(shape, work, weights_on_host + reference_on_host)
+    least_way = min(ways, key=lambda way: way.device_bytes)
+    kept = next((way for way in ways if smallest + way.device_bytes <= budget_bytes), least_way)
     room = budget_bytes - sum(generating.values())
     slots = max(1, min(work.sequences, room // slot))
     most = MOST_MICRO_TOKENS["device" if work.has_host else "host"]
-    fitting = (budget_bytes - fixed) // token
+    fitting = (budget_bytes - fixed - kept.device_bytes) // token
     micro = max(work.longest, min(fitting, most, work.sequences * work.longest))
-    host = {"boundary states": states if on_host else 0}
-    host["weights"] = shape.parameters * work.storage_bytes if form.host else 0
     return Plan(
         slots=slots,
         micro_tokens=micro,
-        boundary_on_host=on_host,
+        boundary_on_host=kept.on_host,
+        boundary_every=kept.every,
         budget_bytes=budget_bytes,
-        least_bytes=max(sum(generating.values()) + slot, least),
+        least_bytes=max(sum(generating.values()) + slot, smallest + least_way.device_bytes),
         generating={**generating, "KV pool": slots * entries, "logits": slots * logits},
         learning={
             **learning,
-            "boundary states": 0 if on_host else states,
+            "boundary states": kept.device_bytes,
             "micro-batch": micro * token,
         },
-        host=host,
+        host={
+            "boundary states": kept.host_bytes,
+            "weights": weights_on_host,
+            "reference": reference_on_host,
+        },
     )
+
+
+def _streamed_bytes(shape: Shape, storage_bytes: int, compute_bytes: int) -> int:
+    """Of streamed layers on the device: one in use, one on its way, and a copy in the compute format."""
+    copied = compute_bytes != storage_bytes
+    return shape.layer_parameters * (2 * storage_bytes + compute_bytes * copied)
+
+
+def live_states(layers: int, every: int) -> int:
+    """The most hidden states of the whole batch that are alive in a step (learn.py), the gradient included.
+
+    When the backward pass begins a group of layers: the kept ones of the groups below and its own, those
+    between its layers, and the gradient that travels down. The last group may have fewer layers.
+    """
+    every = min(every, layers)
+    groups = -(-layers // every)
+    last = layers - (groups - 1) * every
+    return max(groups + last, groups - 1 + every)
+
+
+@dataclass(frozen=True)
+class _States:
+    """A way to keep boundary states, and the bytes it takes."""
+
+    on_host: bool
+    every: int
+    device_bytes: int
+    host_bytes: int
+
+
+def _boundary_states(shape: Shape, work: Work, taken_bytes: int) -> list[_States]:
+    """The ways there are, in the order in which they are wanted; `taken_bytes` of the host are in use.
+
+    All on the device; all on its host; every k-th there; every k-th on the device. A larger k computes more
+    states anew, and none above the best needs fewer.
+    """
+    state = work.sequences * work.longest * shape.hidden * work.compute_bytes
+    best = min(range(1, shape.layers + 1), key=lambda every: live_states(shape.layers, every))
+    device, host = [], []
+    for every in range(1, best + 1):
+        states = live_states(shape.layers, every) * state
+        device.append(_States(False, every, states, 0))
+        locked = states * PAGE_LOCKED_FACTOR
+        room = work.host_room_bytes
+        if work.has_host and (room is None or taken_bytes + locked <= room):
+            host.append(_States(True, every, 0, locked))
+    return [device[0], *host, *device[1:]]
 
 
 def what_would(shape: Shape, work: Work, budget_bytes: int) -> str:
@@ -287,6 +350,7 @@ def table(plans: Mapping[str, Plan]) -> str:
         lines.append(["  sum", *(size(sum(p.values())) if any(p.values()) else "-" for p in parts)])
     lines.append(["slots", *(f"{p.slots:,}" for p in plans.values())])
     lines.append(["micro-batch tokens", *(f"{p.micro_tokens:,}" for p in plans.values())])
+    lines.append(["boundary every", *(f"{p.boundary_every} layers" for p in plans.values())])
     lines.append(["", *("fits" if p.fits else "does not fit" for p in plans.values())])
     lines.append(["least budget", *(f"{gib_up(p.least_bytes):.1f} GiB" for p in plans.values())])
     return "\n".join("".join([f"{row[0]:<20}", *(f"{x:>17}" for x in row[1:])]).rstrip() for row in lines)

@@ -85,7 +85,9 @@ def open_session(
         problems = replace(problems, train=[])
     rollout = recipe.rollout
     longest_prompt = _longest_prompt(problems)
-    divided = divide(files, recipe, longest_prompt, device)
+    other = recipe.model.reference
+    reference = None if other == "base" else find_model(other)
+    divided = divide(files, recipe, longest_prompt, device, reference=reference)
     with Verifier(
         recipe.reward.kind,
         timeout_s=recipe.reward.timeout_s,
@@ -114,20 +116,18 @@ def open_session(
                 clip=recipe.learner.clip,
                 temperature=rollout.temperature,
                 micro_tokens=divided.micro_tokens,
+                boundary_every=divided.boundary_every,
                 boundary_on_host=divided.boundary_on_host,
-                reference=_reference(recipe, policy, divided),
+                reference=_reference(reference, recipe, policy, divided) if reference else None,
             ),
             verifier=verifier,
         )
 
 
-def _reference(recipe: Recipe, policy: Policy, divided: Plan) -> Learner | None:
-    """Another model that scores the policy's rollouts; None where it is the policy with its patch off."""
-    if recipe.model.reference == "base":
-        return None
-    decoder = load_reference(find_model(recipe.model.reference), policy)
+def _reference(files: ModelFiles, recipe: Recipe, policy: Policy, divided: Plan) -> Learner:
+    """Another model that scores the policy's rollouts."""
     return Learner(
-        decoder,
+        load_reference(files, policy),
         lr=recipe.learner.lr,
         clip=None,
         temperature=recipe.rollout.temperature,
@@ -141,7 +141,13 @@ def _longest_prompt(problems: ProblemSet) -> int:
 
 
 def divide(
-    files: ModelFiles, recipe: Recipe, longest_prompt: int, device: torch.device, *, taken_bytes: int = 0
+    files: ModelFiles,
+    recipe: Recipe,
+    longest_prompt: int,
+    device: torch.device,
+    *,
+    reference: ModelFiles | None = None,
+    taken_bytes: int = 0,
 ) -> Plan:
     """The memory plan of a recipe on a device. `taken_bytes` of its budget are in use already."""
     budget = recipe.memory.budget_bytes
@@ -160,6 +166,8 @@ def divide(
         compute_bytes=4 if device.type != "cuda" else 2 if quantised else storage,
         has_host=device.type == "cuda",
         form=recipe.model.weights,
+        host_room_bytes=host_bytes() * 3 // 4,
+        reference=None if reference is None else Shape.from_config(reference.config),
     )
     return plan(Shape.from_config(files.config), work, budget)
 

@@ -64,9 +64,11 @@ def weights_of(model: Any) -> Weights:
     return Weights({k: v.clone() for k, v in state if not (tied and k == "lm_head.weight")})
 
 
-def make_decoder(kind: str, *, tied: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Any, Decoder]:
+def make_decoder(
+    kind: str, *, tied: bool = True, dtype: torch.dtype = torch.float32, layers: int = 3
+) -> tuple[Any, Decoder]:
     """The same random model twice: transformers' own, and ours."""
-    config = make_config(kind, tied=tied)
+    config = make_config(kind, tied=tied, layers=layers)
     model = make_model(config, dtype=dtype)
     return model, Decoder(config, weights_of(model))
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from frugal_rl.decoder import Decoder
 from frugal_rl.learn import Learner
+from frugal_rl.memory import live_states
 from frugal_rl.rollout import Rollout, micro_batches
+from frugal_rl.weights import Weights
 
-from .conftest import KINDS, make_decoder, make_rollouts
+from .conftest import KINDS, make_decoder, make_rollouts, weights_of
 
 TEMPERATURE = 0.7
 # float32 sums in another order: relative to the weights, and relative to the update
@@ -154,6 +158,68 @@ def test_keeping_states_on_the_host_changes_nothing() -> None:
         learner.step(make_rollouts(7), policy_gradient(torch.linspace(-1, 1, 7)))
         results.append(decoder.weights.tensors)
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("every", [1, 2])
+def test_keeping_states_on_the_host_of_a_gpu_changes_nothing(every: int) -> None:
+    results = []
+    for on_host in (False, True):
+        model, _ = make_decoder("qwen2", dtype=torch.bfloat16, layers=4)
+        tensors = {k: v.cuda() for k, v in weights_of(model).tensors.items()}
+        decoder = Decoder(model.config, Weights(tensors))
+        learner = Learner(decoder, 0.1, 1.0, 1.0, 100, boundary_every=every, boundary_on_host=on_host)
+        learner.step(make_rollouts(40), policy_gradient(torch.linspace(-1, 1, 40, device="cuda")))
+        results.append(decoder.weights.tensors)
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+@pytest.mark.parametrize("every", [2, 3, 5, 7, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeping_every_kth_boundary_changes_no_bit(every: int, dtype: torch.dtype) -> None:
+    norms, results = [], []
+    for k in (1, every):
+        _, decoder = make_decoder("qwen2", dtype=dtype, layers=7)
+        learner = Learner(decoder, 0.1, 1.0, 1.0, 60, boundary_every=k, boundary_on_host=k == 3)
+        step = learner.step(make_rollouts(9), policy_gradient(torch.linspace(-1, 1, 9)))
+        assert step.commit.entries > 1000
+        norms.append(step.commit.norm)
+        results.append(decoder.weights.tensors)
+    assert norms[0] == norms[1]
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 7, 9])
+def test_the_hidden_states_alive_are_those_that_the_plan_counts(
+    every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    counts = []
+    away = Learner._away
+
+    def note(learner: Learner, state: Tensor) -> Tensor:
+        kept = away(learner, state)
+        alive.append(weakref.ref(kept))
+        return kept
+
+    def counted(name: str) -> None:
+        real = getattr(Learner, name)
+
+        def count(*arguments: Any) -> Any:
+            counts.append(sum(ref() is not None for ref in alive))
+            return real(*arguments)
+
+        monkeypatch.setattr(Learner, name, count)
+
+    monkeypatch.setattr(Learner, "_away", note)
+    for name in ("_through", "_norm_backward", "_layer_backward"):
+        counted(name)
+    _, decoder = make_decoder("llama", layers=7)
+    # one micro-batch: a hidden state of the whole batch is one tensor
+    learner = Learner(decoder, 0.1, 1.0, 1.0, 10_000, boundary_every=every)
+    learner.step(make_rollouts(4), policy_gradient(torch.ones(4)))
+    assert max(counts) == live_states(7, every)
 
 
 def test_two_runs_of_a_step_give_the_same_bits() -> None:

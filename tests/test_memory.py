@@ -20,6 +20,7 @@ from frugal_rl.memory import (
     Shape,
     Work,
     lay_out,
+    live_states,
     peak_resident_bytes,
     plan,
     table,
@@ -36,6 +37,15 @@ QWEN_7B = {
     "num_key_value_heads": 4,
     "vocab_size": 152064,
     "tie_word_embeddings": False,
+}
+QWEN_05B = {
+    "num_hidden_layers": 24,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
 }
 GIB = 2**30
 
@@ -89,11 +99,71 @@ def test_more_memory_never_gives_fewer_slots_or_smaller_micro_batches() -> None:
 
 
 def test_boundary_states_go_to_the_host_only_when_they_must_and_can() -> None:
-    # 30 states of 64 sequences x 1024 tokens x 3584 x 2 bytes are 13.1 GiB, the weights 14.2 GiB
+    # 29 states of 64 sequences x 1024 tokens x 3584 x 2 bytes are 12.7 GiB, the weights 14.2 GiB
     assert make_plan().boundary_on_host
     assert not make_plan(40).boundary_on_host
+    assert not make_plan(has_host=False).boundary_on_host
     with pytest.raises(InputError):
-        make_plan(has_host=False)
+        make_plan(19, has_host=False)
+
+
+def test_live_states_are_fewest_near_the_root_of_the_layers() -> None:
+    assert [live_states(24, k) for k in (1, 2, 3, 4, 5, 6, 24, 30)] == [25, 14, 11, 10, 9, 10, 25, 25]
+    assert [live_states(28, k) for k in (1, 4, 5, 6, 7)] == [29, 11, 10, 10, 11]
+
+
+def on_cpu(budget_mib: float) -> Plan:
+    """Qwen2.5-0.5B in bf16, 16 sequences of 512 tokens in float32."""
+    work = Work(16, 128, 384, storage_bytes=2, compute_bytes=4, has_host=False)
+    return plan(Shape.from_config(QWEN_05B), work, int(budget_mib * 2**20))
+
+
+def test_a_cpu_keeps_every_boundary_when_that_fits_else_every_kth_with_the_least_k_that_fits() -> None:
+    state = 16 * 512 * 896 * 4
+    assert on_cpu(8192).boundary_every == 1
+    assert on_cpu(8192).learning["boundary states"] == 25 * state
+    seen = {}
+    for budget_mib in range(2400, 1400, -4):
+        try:
+            found = on_cpu(budget_mib)
+        except InputError:
+            break
+        assert found.peak_bytes <= budget_mib * 2**20
+        assert found.learning["boundary states"] == live_states(24, found.boundary_every) * state
+        seen[found.boundary_every] = budget_mib
+    assert list(seen) == [1, 2, 3, 4, 5]
+    # the next smaller k did not fit any more
+    fixed = on_cpu(8192).least_bytes - 9 * state
+    for every, budget_mib in seen.items():
+        if every < 5:
+            assert fixed + live_states(24, every) * state <= budget_mib * 2**20
+            assert fixed + live_states(24, every) * state > (budget_mib - 4) * 2**20
+
+
+def test_a_host_without_room_keeps_every_kth_or_none() -> None:
+    states = 29 * 64 * 1024 * 3584 * 2
+    assert make_plan().host["boundary states"] == 2 * states  # page-locked
+    whole = make_plan(host_room_bytes=2 * states)
+    assert (whole.boundary_on_host, whole.boundary_every) == (True, 1)
+    less = make_plan(host_room_bytes=2 * states - 1)
+    assert (less.boundary_on_host, less.boundary_every) == (True, 2)
+    assert less.host["boundary states"] < 2 * states
+    none = make_plan(28, host_room_bytes=GIB)
+    assert (none.boundary_on_host, none.host["boundary states"]) == (False, 0)
+    assert none.boundary_every > 1
+    assert none.learning_bytes <= 28 * GIB
+    with pytest.raises(InputError):
+        make_plan(18, host_room_bytes=GIB)
+
+
+def test_a_checkpoint_on_the_host_takes_of_its_room() -> None:
+    room = 60 * GIB
+    alone = make_plan(18, form="host", host_room_bytes=room)
+    assert alone.boundary_on_host
+    assert alone.host_bytes <= room
+    less = make_plan(18, form="host", host_room_bytes=alone.host_bytes - 1)
+    assert less.boundary_every > alone.boundary_every
+    assert less.host_bytes < alone.host_bytes
 
 
 def test_what_does_not_fit_is_refused_with_the_figure_that_would() -> None:
@@ -155,7 +225,13 @@ def test_int8_is_a_byte_an_entry_and_a_scale_a_row_and_host_adds_the_checkpoint_
 
 
 def test_the_least_budget_fits_and_a_byte_less_does_not() -> None:
-    for changes in ({}, {"form": "int8"}, {"has_host": False}, {"compute_bytes": 4, "form": "host"}):
+    for changes in (
+        {},
+        {"form": "int8"},
+        {"has_host": False},
+        {"compute_bytes": 4, "form": "host"},
+        {"host_room_bytes": GIB},
+    ):
         work = replace(WORK, **changes)
         shape = Shape.from_config(QWEN_7B)
         least = lay_out(shape, work, 1).least_bytes

@@ -1,6 +1,6 @@
 """Peak memory and seconds of one learner step at a real size on a CPU, beside plain training steps.
 
-    python tools/bench_memory.py [--arms learner,sgd,adamw] [--sequences 16] [--tokens 512]
+    python tools/bench_memory.py [--arms learner,sgd,adamw] [--sequences 16] [--tokens 512] [--budget 64GiB]
 
 A randomly initialised Qwen2.5-0.5B shape (494 M parameters, vocabulary 151,936, tied) in bf16, on sequences
 of which the first quarter is the prompt, with a policy-gradient loss. Each arm is a process of its own.
@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from frugal_rl.config import parse_bytes
 from frugal_rl.console import size
 from frugal_rl.memory import Plan, Shape, Work, peak_resident_bytes, plan, return_large_blocks
 
@@ -52,7 +53,7 @@ QWEN_05B = {
 LR, CLIP = 0.1, 1.0
 
 
-def make_plan(sequences: int, tokens: int) -> Plan:
+def make_plan(sequences: int, tokens: int, budget_bytes: int) -> Plan:
     """The plan that `train` would make on a CPU."""
     work = Work(
         sequences=sequences,
@@ -62,10 +63,10 @@ def make_plan(sequences: int, tokens: int) -> Plan:
         compute_bytes=4,
         has_host=False,
     )
-    return plan(Shape.from_config(QWEN_05B), work, 64 << 30)
+    return plan(Shape.from_config(QWEN_05B), work, budget_bytes)
 
 
-def learner_step(sequences: int, tokens: int) -> tuple[int, float]:
+def learner_step(sequences: int, tokens: int, budget_bytes: int, every: int | None) -> tuple[int, float]:
     """Bytes held before the weights are made, and seconds of the step."""
     import numpy as np
     import torch
@@ -97,8 +98,10 @@ def learner_step(sequences: int, tokens: int) -> tuple[int, float]:
         for _ in range(sequences)
     ]
     advantage_B = torch.linspace(-1, 1, sequences)
-    micro_tokens = make_plan(sequences, tokens).micro_tokens
-    learner = Learner(decoder, LR, CLIP, 1.0, micro_tokens)
+    planned = make_plan(sequences, tokens, budget_bytes)
+    learner = Learner(
+        decoder, LR, CLIP, 1.0, planned.micro_tokens, boundary_every=every or planned.boundary_every
+    )
     began = time.perf_counter()
     step = learner.step(rollouts, lambda logprob_BT: (-(logprob_BT.mean(1) * advantage_B).mean(), {}))
     seconds = time.perf_counter() - began
@@ -145,10 +148,10 @@ def _skeleton(config: Any) -> Any:
     return build_skeleton(config)
 
 
-def run_arm(arm: str, sequences: int, tokens: int) -> None:
+def run_arm(arm: str, sequences: int, tokens: int, budget_bytes: int, every: int | None) -> None:
     """In a process of its own: one JSON line."""
     if arm == "learner":
-        baseline, seconds = learner_step(sequences, tokens)
+        baseline, seconds = learner_step(sequences, tokens, budget_bytes, every)
     else:
         baseline, seconds = plain_step(arm, sequences, tokens)
     peak = peak_resident_bytes()
@@ -162,16 +165,21 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--plain-sequences", type=int, help="of the plain arms [as --sequences]")
     parser.add_argument("--tokens", type=int, default=512, help="of a sequence, prompt included")
+    parser.add_argument("--budget", default="64GiB", help="of memory, that the plan divides [64GiB]")
+    parser.add_argument("--boundary-every", type=int, help="layers [as planned]")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    budget_bytes, every = parse_bytes(options.budget), options.boundary_every
     if options.one:
-        run_arm(options.one, options.sequences, options.tokens)
+        run_arm(options.one, options.sequences, options.tokens, budget_bytes, every)
         return
     rows = {}
     for arm in options.arms.split(","):
         plain = arm != "learner" and options.plain_sequences
         sequences = options.plain_sequences if plain else options.sequences
         words = ["--one", arm, "--sequences", str(sequences), "--tokens", str(options.tokens)]
+        words += ["--budget", options.budget]
+        words += [] if every is None else ["--boundary-every", str(every)]
         done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, check=True)
         row = rows[arm] = json.loads(done.stdout.splitlines()[-1])
         print(
@@ -179,8 +187,11 @@ def main() -> None:
             f"{size(row['baseline_bytes'])}, {row['seconds']:.0f} s",
             flush=True,
         )
-    planned = make_plan(options.sequences, options.tokens)
-    print(f"planned  {size(planned.learning_bytes)}, micro-batches of {planned.micro_tokens} tokens")
+    planned = make_plan(options.sequences, options.tokens, budget_bytes)
+    print(
+        f"planned  {size(planned.learning_bytes)}, micro-batches of {planned.micro_tokens} tokens, "
+        f"every {planned.boundary_every} boundaries"
+    )
     if "learner" in rows:
         mine = rows["learner"]
         print(f"learner / planned: {mine['over_bytes'] / planned.learning_bytes:.2f} of the memory")
