@@ -88,7 +88,7 @@ class Checkpoint:
     def fingerprint(self, name: str) -> str:
         """Reads the whole tensor."""
         info = self.tensors[name]
-        return fingerprint_of_tensor(info.dtype, info.shape, _chunks(self.bits(name)))
+        return fingerprint_of_tensor(info.dtype, info.shape, _pieces(info))
 
     def fingerprints(self) -> dict[str, str]:
         """Reads the whole checkpoint."""
@@ -119,6 +119,20 @@ def map_tensor(info: TensorInfo, mode: str) -> Array:
         return np.empty(0, bits)
     shape = (info.nbytes // bits.itemsize,)
     return np.memmap(info.file, bits, mode, info.offset, shape)  # type: ignore[call-overload]
+
+
+def _pieces(info: TensorInfo) -> Iterator[Array]:
+    """The tensor's bits, flat, as they are read: the pages of a map would count as this process's memory."""
+    bits = BITS[info.dtype]
+    left = info.nbytes // bits.itemsize
+    with open(info.file, "rb") as file:
+        file.seek(info.offset)
+        while left:
+            piece = np.fromfile(file, bits, min(left, CHUNK_ENTRIES))
+            if not len(piece):
+                raise InputError(f"{info.file}: was cut short while it was read; fetch the checkpoint again")
+            left -= len(piece)
+            yield piece
 
 
 def _chunks(bits: Array) -> Iterator[Array]:

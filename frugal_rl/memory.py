@@ -369,6 +369,17 @@ def return_large_blocks(least_bytes: int = 8 << 20) -> None:
             mallopt(M_MMAP_THRESHOLD, least_bytes)
 
 
+def return_free_memory() -> None:
+    """Give what the C library keeps of freed memory back to the system, holes in its heap included.
+
+    Loading leaves many: with a Qwen2.5-0.5B shape in int8, 180 MiB beside 470 MiB of weights.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def host_bytes() -> int:
     """Memory of the machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -9,7 +9,7 @@ import torch
 
 from .decoder import Decoder, check_supported, parameter_names
 from .errors import InputError
-from .memory import peak_resident_bytes
+from .memory import peak_resident_bytes, return_free_memory
 from .models import ModelFiles, load_config, load_tokenizer, stop_ids
 from .weights import Weights
 
@@ -55,6 +55,7 @@ def load_policy(files: ModelFiles, tokenizer: Any, device: torch.device, *, form
         quantise=form in ("int8", "host"),
         stream=form == "host",
     )
+    return_free_memory()
     return Policy(files, Decoder(config, weights), tokenizer, stop_ids(files, tokenizer), held)
 
 

@@ -344,17 +344,7 @@ class Streamed:
         """The whole policy's matrix. In place."""
         if self.present is not None:
             return out.copy_(self.present)
-        self._read_to_(out, 0)
-        return self.overlay.lay_on_(out, self.dtype)
-
-    def _read_to_(self, out: Tensor, first_row: int) -> None:
-        """The base's rows from `first_row` on."""
-        width = math.prod(self.shape[1:])
-        part = torch.empty(min(BLOCK, out.numel()), dtype=self.dtype)
-        flat = out.view(-1)
-        for start in range(0, len(flat), BLOCK):
-            here = flat[start : start + BLOCK]
-            here.copy_(self.source.read_(part[: len(here)], first_row * width + start))
+        return self.overlay.lay_on_(self.source.copy_to_(out), self.dtype)
 
     def rows(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         """As Plain.rows. Syncs with the device."""
@@ -362,7 +352,7 @@ class Streamed:
             return self.present[rows].to(dtype)
         if isinstance(rows, slice):
             out_RI = torch.empty((rows.stop - rows.start, *self.shape[1:]), dtype=dtype, device=self.device)
-            self._read_to_(out_RI, rows.start)
+            self.source.copy_to_(out_RI, rows.start * math.prod(self.shape[1:]))
             return self.overlay.lay_on_(out_RI, self.dtype, rows)
         own_R, inverse = torch.unique(rows, return_inverse=True)
         out_RI = self.source.rows(own_R.cpu().numpy()).to(self.device, dtype)

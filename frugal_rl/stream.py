@@ -29,6 +29,7 @@ from torch import Tensor
 from .checkpoint import TensorInfo, map_tensor
 from .errors import FrugalError
 
+BLOCK = 1 << 20  # entries that pass through host memory at a time
 ALIGNMENT = 256  # of tensors in a buffer
 
 
@@ -50,6 +51,17 @@ class Source:
                 if not got:
                     raise FrugalError(f"{self.info.file}: was cut short while it was in use; fetch it again")
                 left, offset = left[got:], offset + got
+        return out
+
+    def copy_to_(self, out: Tensor, first: int = 0) -> Tensor:
+        """As `read_`, but `out` may be of any format, on any device: a block at a time."""
+        if out.device.type == "cpu" and out.dtype == self.dtype:
+            return self.read_(out, first)
+        part = torch.empty(min(BLOCK, out.numel()), dtype=self.dtype)
+        flat = out.view(-1)
+        for start in range(0, len(flat), BLOCK):
+            here = flat[start : start + BLOCK]
+            here.copy_(self.read_(part[: len(here)], first + start))
         return out
 
     def bits(self, index: np.ndarray) -> np.ndarray:

@@ -134,20 +134,17 @@ class Weights:
                     f"{folder}: {key} is {info.dtype}; weights are trained in "
                     f"{', '.join(STORAGE)}: take an unquantised checkpoint"
                 )
-            bits, dtype = checkpoint.bits(key), STORAGE[info.dtype]
+            source = Source(info, STORAGE[info.dtype])
             if (quantise or stream) and len(info.shape) == 2:
-                codes = _quantised(bits, dtype, info.shape, device, own=stream) if quantise else None
+                codes = _quantised(source, device, own=stream) if quantise else None
                 if stream:
-                    tensors[key] = Streamed(Source(info, dtype), device, codes)
+                    tensors[key] = Streamed(source, device, codes)
                 elif codes is not None:
                     tensors[key] = codes
                 continue
-            flat = torch.empty(math.prod(info.shape), dtype=dtype, device=device)
-            bits_of(flat).copy_(signed(bits, torch.device("cpu")))
-            tensors[key] = flat.view(info.shape)
-        if (
-            quantise and not stream
-        ):  # the base is a function of the checkpoint, known by the entries a patch touches
+            tensors[key] = source.copy_to_(torch.empty(info.shape, dtype=source.dtype, device=device))
+        if quantise and not stream:
+            # the base is a function of the checkpoint, known by the entries that a patch touches
             return cls(tensors, base=BaseInfo(f"{name} (int8)", {}))
         return cls(tensors, base=BaseInfo(name, checkpoint.fingerprints()))
 
@@ -310,15 +307,14 @@ class Weights:
         return any_bit, moved
 
 
-def _quantised(
-    bits: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, *, own: bool
-) -> Quantised:
+def _quantised(source: Source, device: torch.device, *, own: bool) -> Quantised:
     """A checkpoint's matrix, quantised a block of rows at a time; its values in its `own` format or bf16."""
-    made = Quantised.empty(shape, device, dtype if own else torch.bfloat16)
-    rows = max(1, BLOCK // shape[1])
-    for start in range(0, shape[0], rows):
-        part = signed(bits[start * shape[1] : (start + rows) * shape[1]], device)
-        made.quantise_rows_(start, part.view(dtype).view(-1, shape[1]))
+    made = Quantised.empty(tuple(source.shape), device, source.dtype if own else torch.bfloat16)
+    height, width = source.shape
+    rows = max(1, BLOCK // width)
+    for start in range(0, height, rows):
+        part_RI = torch.empty(min(rows, height - start), width, dtype=source.dtype)
+        made.quantise_rows_(start, source.read_(part_RI, start * width).to(device))
     return made
 
 

@@ -1,42 +1,49 @@
 """Peak memory and seconds of one learner step at a real size on a CPU, beside plain training steps.
 
-    python tools/bench_memory.py [--arms learner,sgd,adamw] [--sequences 16] [--tokens 512] [--budget 64GiB]
+    python tools/bench_memory.py [--arms bf16,int8,host,sgd-fp32,sgd,adamw,trl] [--sequences 16] ...
 
 A randomly initialised Qwen2.5-0.5B shape (494 M parameters, vocabulary 151,936, tied) in bf16, on sequences
 of which the first quarter is the prompt, with a policy-gradient loss. Each arm is a process of its own.
 
-    learner   one step of frugal_rl.learn.Learner (bf16 weights, float32 arithmetic)
-    sgd       transformers in bf16, gradient checkpointing, the whole batch at once, torch.optim.SGD
-    adamw     the same with torch.optim.AdamW
+    bf16, int8, host   one step of frugal_rl.learn.Learner (float32 arithmetic) on weights in that form
+    sgd, adamw         transformers in bf16, gradient checkpointing, the whole batch at once, torch.optim
+    sgd-fp32           the same in float32: the arithmetic that the learner does
+    trl                the learning part of TRL's GRPOTrainer in bf16: SGD, checkpointing, the whole batch
+                       at once, rollouts handed to it; needs trl, a dependency of this script only
 
-`over`: peak resident memory over that of the process once torch and transformers' model class are imported.
-For the plain arms `--plain-sequences` may be smaller: bf16 products are slow on a CPU without bf16 units.
+`over`: peak resident memory over that of the process once torch and transformers' model class (and TRL)
+are imported. The learner's memory is divided by the plan from `--budget`. The gradient of random weights
+has no small entries: `--lr` is set so that a step changes the share of entries that the plan counts, 0.4 %
+(trained models change less). For the bf16 plain arms `--plain-sequences` may be smaller, as bf16 products
+are slow on a CPU without bf16 units: their memory grows with the sequences, so the ratio is at most that.
 
-Measured on 2 cores of an AMD EPYC without bf16 units, torch 2.13, OMP_NUM_THREADS=1, a busy machine (seconds
-vary by a factor of two); 338 MiB are the libraries. 2 % of the entries changed, many more than in a trained
-model: the weights are random. The plan counts 0.4 %.
-
-    --arms learner                 over      planned   seconds
-    --sequences 2 --tokens 64      1.4 GiB   1.3 GiB   34
-    --sequences 6 --tokens 512     1.6 GiB   1.8 GiB   207
-    --sequences 16 --tokens 512    not measured since freed blocks go back to the system; 2.8 GiB before
-
-The plain arms: not measured yet (2 x 64 tokens did not end within 100 s on that machine).
+MEASURED
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from frugal_rl.config import parse_bytes
 from frugal_rl.console import size
-from frugal_rl.memory import Plan, Shape, Work, peak_resident_bytes, plan, return_large_blocks
+from frugal_rl.memory import (
+    Plan,
+    Shape,
+    Work,
+    peak_resident_bytes,
+    plan,
+    return_free_memory,
+    return_large_blocks,
+)
 
 QWEN_05B = {
     "vocab_size": 151936,
@@ -50,10 +57,24 @@ QWEN_05B = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-LR, CLIP = 0.1, 1.0
+CLIP = 1.0
+FORMS = ("bf16", "int8", "host")
 
 
-def make_plan(sequences: int, tokens: int, budget_bytes: int) -> Plan:
+@dataclass(frozen=True)
+class Options:
+    """Of one arm."""
+
+    arm: str
+    sequences: int
+    tokens: int
+    budget: str
+    boundary_every: int | None
+    lr: float
+    folder: str
+
+
+def make_plan(form: str, sequences: int, tokens: int, budget_bytes: int) -> Plan:
     """The plan that `train` would make on a CPU."""
     work = Work(
         sequences=sequences,
@@ -62,12 +83,28 @@ def make_plan(sequences: int, tokens: int, budget_bytes: int) -> Plan:
         storage_bytes=2,
         compute_bytes=4,
         has_host=False,
+        form=form,
     )
     return plan(Shape.from_config(QWEN_05B), work, budget_bytes)
 
 
-def learner_step(sequences: int, tokens: int, budget_bytes: int, every: int | None) -> tuple[int, float]:
-    """Bytes held before the weights are made, and seconds of the step."""
+def write_checkpoint(folder: Path) -> None:
+    """The random model, as a file: 0.9 GiB."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = _config()
+    torch.manual_seed(0)
+    tensors = {}
+    for name, parameter in _skeleton(config).named_parameters():
+        tensor = torch.empty(parameter.shape, dtype=torch.bfloat16)
+        tensors[name] = tensor.fill_(1.0) if "norm" in name else tensor.normal_(0, 0.02)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def learner_step(options: Options) -> dict[str, Any]:
+    """Bytes held before the weights are loaded, seconds of the step and what it did."""
     import numpy as np
     import torch
 
@@ -78,14 +115,19 @@ def learner_step(sequences: int, tokens: int, budget_bytes: int, every: int | No
 
     return_large_blocks()  # as `train` does on a CPU
     config = _config()
-    names = sorted(parameter_names(config))
-    shapes = {n: p.shape for n, p in _skeleton(config).named_parameters()}
+    names = parameter_names(config)
     baseline = peak_resident_bytes()
-    tensors = {}
-    for name in names:  # as a checkpoint would be loaded: the final size and one tensor
-        tensor = torch.empty(shapes[name], dtype=torch.bfloat16)
-        tensors[name] = tensor.fill_(1.0) if "norm" in name else tensor.normal_(0, 0.02)
-    decoder = Decoder(config, Weights(tensors))
+    form, sequences, tokens = options.arm, options.sequences, options.tokens
+    weights = Weights.from_checkpoint(
+        Path(options.folder),
+        torch.device("cpu"),
+        name="random",
+        names=names,
+        quantise=form != "bf16",
+        stream=form == "host",
+    )
+    return_free_memory()
+    loaded = peak_resident_bytes()
     rng = np.random.default_rng(0)
     prompt = tokens // 4
     rollouts = [
@@ -98,18 +140,26 @@ def learner_step(sequences: int, tokens: int, budget_bytes: int, every: int | No
         for _ in range(sequences)
     ]
     advantage_B = torch.linspace(-1, 1, sequences)
-    planned = make_plan(sequences, tokens, budget_bytes)
-    learner = Learner(
-        decoder, LR, CLIP, 1.0, planned.micro_tokens, boundary_every=every or planned.boundary_every
-    )
+    planned = make_plan(form, sequences, tokens, parse_bytes(options.budget))
+    every = options.boundary_every or planned.boundary_every
+    decoder = Decoder(config, weights)
+    learner = Learner(decoder, options.lr, CLIP, 1.0, planned.micro_tokens, boundary_every=every)
     began = time.perf_counter()
     step = learner.step(rollouts, lambda logprob_BT: (-(logprob_BT.mean(1) * advantage_B).mean(), {}))
-    seconds = time.perf_counter() - began
-    print(f"  norm {step.commit.norm:.3g}, {step.commit.entries:,} entries changed", file=sys.stderr)
-    return baseline, seconds
+    return {
+        "baseline_bytes": baseline,
+        "seconds": time.perf_counter() - began,
+        "loaded_bytes": loaded - baseline,
+        "weights_bytes": weights.nbytes,
+        "planned_bytes": planned.learning_bytes,
+        "micro_tokens": planned.micro_tokens,
+        "boundary_every": every,
+        "norm": step.commit.norm,
+        "changed": step.commit.entries / weights.parameters,
+    }
 
 
-def plain_step(kind: str, sequences: int, tokens: int) -> tuple[int, float]:
+def plain_step(options: Options) -> dict[str, Any]:
     """Transformers' own model and loop."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -117,23 +167,91 @@ def plain_step(kind: str, sequences: int, tokens: int) -> tuple[int, float]:
     config = _config()
     baseline = peak_resident_bytes()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    dtype = torch.float32 if options.arm == "sgd-fp32" else torch.bfloat16
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.train()
     model.gradient_checkpointing_enable()
-    token_BT = torch.randint(config.vocab_size, (sequences, tokens))
-    advantage_B = torch.linspace(-1, 1, sequences)
-    first = tokens // 4
-    make: Callable[..., Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind]
-    optimiser = make(model.parameters(), lr=LR if kind == "sgd" else 1e-6)
+    token_BT = torch.randint(config.vocab_size, (options.sequences, options.tokens))
+    advantage_B = torch.linspace(-1, 1, options.sequences)
+    first = options.tokens // 4
+    optimiser = (
+        torch.optim.AdamW(model.parameters(), lr=1e-6)
+        if options.arm == "adamw"
+        else torch.optim.SGD(model.parameters(), lr=options.lr)
+    )
     began = time.perf_counter()
-    logit_BTV = model(token_BT, use_cache=False, logits_to_keep=tokens - first + 1).logits[:, :-1]
+    keep = options.tokens - first + 1
+    logit_BTV = model(token_BT, use_cache=False, logits_to_keep=keep).logits[:, :-1]
     loss_BT = torch.nn.functional.cross_entropy(
         logit_BTV.flatten(0, 1), token_BT[:, first:].flatten(), reduction="none"
-    ).view(sequences, -1)
+    ).view(options.sequences, -1)
     (loss_BT.mean(1) * advantage_B).mean().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimiser.step()
-    return baseline, time.perf_counter() - began
+    return {"baseline_bytes": baseline, "seconds": time.perf_counter() - began}
+
+
+def trl_step(options: Options) -> dict[str, Any]:
+    """One optimizer step of TRL's GRPOTrainer; the rollouts are random tokens that cost nothing."""
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    config = _config()
+    baseline = peak_resident_bytes()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    vocabulary = {"<pad>": 0, "<eos>": 1, "a": 2}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="a")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    first = options.tokens // 4
+    began: list[float] = []
+
+    def rollouts(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        began.append(time.perf_counter())
+        count = len(prompts)
+        ids = torch.randint(2, config.vocab_size, (count, options.tokens)).tolist()
+        response = [row[first:] for row in ids]
+        logprobs = [[0.0] * len(row) for row in response]
+        return {"prompt_ids": [row[:first] for row in ids], "completion_ids": response, "logprobs": logprobs}
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            began.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as out:
+        GRPOTrainer(
+            model,
+            lambda completions, **_: [float(i % 2) for i in range(len(completions))],
+            args=GRPOConfig(
+                output_dir=out,
+                max_steps=1,
+                per_device_train_batch_size=options.sequences,
+                num_generations=options.sequences,
+                max_completion_length=options.tokens - first,
+                gradient_checkpointing=True,
+                optim="sgd",
+                learning_rate=options.lr,
+                lr_scheduler_type="constant",
+                max_grad_norm=CLIP,
+                bf16=True,
+                use_cpu=True,
+                beta=0.0,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": "a"}] * options.sequences),
+            processing_class=tokenizer,
+            rollout_func=rollouts,
+            callbacks=[Stop()],
+        ).train()
+    return {"baseline_bytes": baseline, "seconds": began[-1] - began[0]}
 
 
 def _config() -> Any:
@@ -148,61 +266,71 @@ def _skeleton(config: Any) -> Any:
     return build_skeleton(config)
 
 
-def run_arm(arm: str, sequences: int, tokens: int, budget_bytes: int, every: int | None) -> None:
+def run_arm(options: Options) -> None:
     """In a process of its own: one JSON line."""
-    if arm == "learner":
-        baseline, seconds = learner_step(sequences, tokens, budget_bytes, every)
-    else:
-        baseline, seconds = plain_step(arm, sequences, tokens)
+    step = learner_step if options.arm in FORMS else trl_step if options.arm == "trl" else plain_step
+    row = step(options)
     peak = peak_resident_bytes()
-    row = {"arm": arm, "sequences": sequences, "baseline_bytes": baseline, "peak_bytes": peak}
-    print(json.dumps({**row, "over_bytes": peak - baseline, "seconds": seconds}))
+    print(json.dumps({**asdict(options), **row, "over_bytes": peak - row["baseline_bytes"]}))
+
+
+def report(row: dict[str, Any]) -> None:
+    line = (
+        f"{row['arm']:<9}{row['sequences']:>3} x {row['tokens']} tokens: {size(row['over_bytes'])} over "
+        f"{size(row['baseline_bytes'])}, {row['seconds']:.0f} s"
+    )
+    if row["arm"] in FORMS:
+        line += (
+            f"; planned {size(row['planned_bytes'])} (ratio {row['over_bytes'] / row['planned_bytes']:.2f}), "
+            f"micro-batches of {row['micro_tokens']} tokens, every {row['boundary_every']} boundaries, "
+            f"{row['changed']:.2%} of the entries changed; loading took {size(row['loaded_bytes'])}, "
+            f"the weights are {size(row['weights_bytes'])}"
+        )
+    print(line, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--arms", default="learner,sgd,adamw")
+    parser.add_argument("--arms", default="bf16,int8,host,sgd-fp32,sgd,adamw,trl")
     parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--plain-sequences", type=int, help="of the plain arms [as --sequences]")
+    parser.add_argument("--plain-sequences", type=int, help="of sgd, adamw and trl [as --sequences]")
     parser.add_argument("--tokens", type=int, default=512, help="of a sequence, prompt included")
     parser.add_argument("--budget", default="64GiB", help="of memory, that the plan divides [64GiB]")
     parser.add_argument("--boundary-every", type=int, help="layers [as planned]")
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--json", type=Path, help="append a line an arm to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    budget_bytes, every = parse_bytes(options.budget), options.boundary_every
-    if options.one:
-        run_arm(options.one, options.sequences, options.tokens, budget_bytes, every)
+    given = parser.parse_args()
+    if given.one:
+        run_arm(Options(**json.loads(given.one)))
         return
-    rows = {}
-    for arm in options.arms.split(","):
-        plain = arm != "learner" and options.plain_sequences
-        sequences = options.plain_sequences if plain else options.sequences
-        words = ["--one", arm, "--sequences", str(sequences), "--tokens", str(options.tokens)]
-        words += ["--budget", options.budget]
-        words += [] if every is None else ["--boundary-every", str(every)]
-        done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, check=True)
-        row = rows[arm] = json.loads(done.stdout.splitlines()[-1])
-        print(
-            f"{arm:<8} {sequences} x {options.tokens} tokens: {size(row['over_bytes'])} over "
-            f"{size(row['baseline_bytes'])}, {row['seconds']:.0f} s",
-            flush=True,
-        )
-    planned = make_plan(options.sequences, options.tokens, budget_bytes)
-    print(
-        f"planned  {size(planned.learning_bytes)}, micro-batches of {planned.micro_tokens} tokens, "
-        f"every {planned.boundary_every} boundaries"
-    )
-    if "learner" in rows:
-        mine = rows["learner"]
-        print(f"learner / planned: {mine['over_bytes'] / planned.learning_bytes:.2f} of the memory")
-        for arm, row in rows.items():
-            if arm != "learner":
-                per_token = mine["seconds"] / mine["sequences"] * row["sequences"] / row["seconds"]
-                note = "" if row["sequences"] == mine["sequences"] else f" (of {row['sequences']} sequences)"
-                print(
-                    f"learner / {arm}: {mine['over_bytes'] / row['over_bytes']:.2f} of the memory{note}, "
-                    f"{per_token:.2f} of the seconds a token"
-                )
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write = f"import bench_memory as b, pathlib; b.write_checkpoint(pathlib.Path({folder!r}))"
+        here = Path(__file__).parent
+        subprocess.run([sys.executable, "-c", write], cwd=here, check=True)
+        for arm in given.arms.split(","):
+            fewer = arm in ("sgd", "adamw", "trl") and given.plain_sequences
+            sequences = given.plain_sequences if fewer else given.sequences
+            options = Options(
+                arm, sequences, given.tokens, given.budget, given.boundary_every, given.lr, folder
+            )
+            words = [sys.executable, __file__, "--one", json.dumps(asdict(options))]
+            done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
+            rows[arm] = json.loads(done.stdout.splitlines()[-1])
+            report(rows[arm])
+            if given.json:
+                with open(given.json, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(rows[arm]) + "\n")
+    for form in [arm for arm in rows if arm in FORMS]:
+        for arm in [arm for arm in rows if arm not in FORMS]:
+            mine, row = rows[form], rows[arm]
+            per_token = mine["seconds"] / mine["sequences"] * row["sequences"] / row["seconds"]
+            note = "" if row["sequences"] == mine["sequences"] else f" (of {row['sequences']} sequences)"
+            print(
+                f"{form} / {arm}: {mine['over_bytes'] / row['over_bytes']:.2f} of the memory{note}, "
+                f"{per_token:.2f} of the seconds a token"
+            )
 
 
 if __name__ == "__main__":
