@@ -135,7 +135,7 @@ def correct(correction: Correction, old_BT: Tensor, sampler_BT: Tensor, mask_BT:
     kept_BT = counted_BT = mask_BT
     # outside by comparison, not inside by its opposite: what is not a number stays, and is seen
     if correction.veto is not None:
-        low_BT = (_ratio("token", gap_BT, mask_BT) < correction.veto) & mask_BT
+        low_BT = _ratio("token", gap_BT, mask_BT) < correction.veto  # 1 where there is no token
         kept_BT = counted_BT = mask_BT & ~low_BT.any(1, keepdim=True)
     if correction.band is not None:
         ratio_BT = _ratio(correction.band, gap_BT, mask_BT)

@@ -288,6 +288,13 @@ def test_an_enormous_gap_is_no_infinity(name):
     assert all(math.isfinite(v) for v in got.stats.values())
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_ratios_end_at_exp_20_both_ways(level):
+    old_BT = tensor([[-1000.0], [1000.0]])
+    got = correct(Correction(level), old_BT, torch.zeros_like(old_BT), torch.ones(2, 1).bool())
+    assert got.weight_BT.log().view(-1).tolist() == pytest.approx([-20.0, 20.0])
+
+
 def test_an_empty_batch_has_no_numbers():
     none_BT = torch.zeros(2, 3, dtype=torch.bool)
     for name in NAMES:

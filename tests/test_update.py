@@ -94,6 +94,36 @@ def test_what_is_left_out_for_want_of_an_advantage_still_weighs_in_the_correctio
         assert left_out.stats[name] == pytest.approx(kept.stats[name], abs=1e-5)
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
+def test_the_steps_loss_is_the_papers_over_the_whole_batch(algorithm: str, tiny: loop.Session) -> None:
+    rng = np.random.default_rng(1)
+    groups = with_logprobs(
+        drawn(tiny), lambda r: r.logprob_T + rng.normal(0, 0.5, len(r.logprob_T)).astype("f")
+    )
+    rollouts = [r for g in groups for r in g.rollouts]
+    rollouts[9].logprob_T[0] += 12  # rejected, and in a group with signal
+    old_BT = tiny.learner.log_probs(rollouts).double().numpy()
+    xis = [np.exp(old_BT[i, : len(r.logprob_T)] - r.logprob_T) for i, r in enumerate(rollouts)]
+    mean = np.mean(np.minimum(np.concatenate(xis), 1.5))
+    # rewards 1, 0, 0, 0: advantages 3/2 and three times -1/2; no signal in the first two groups
+    advantages = [0.0] * 8 + [1.5, -0.5, -0.5, -0.5] * 2
+    responses = kept = summed = 0.0
+    for xi, advantage in zip(xis, advantages, strict=True):
+        inside = (xi >= 0.5) & (xi <= 1.5) & (xi.min() >= 1e-4)
+        term = -advantage * (np.minimum(xi, 1.5) / mean)[inside].sum()
+        responses += term / max(inside.sum(), 1)
+        summed += term
+        kept += inside.sum()
+    expected = {"grpo": responses / 16, "dapo": summed / kept}[algorithm]
+    recipe = load_recipe(
+        "tiny", [*SMALL, "loss.correction=sparse-rl", "loss.max_gap=9", f"loss.algorithm={algorithm}"]
+    )
+    step = learn(tiny.learner, recipe, groups)
+    assert step is not None
+    assert step.loss == pytest.approx(expected, abs=1e-5)  # float32 sums; the std's 1e-6
+    assert step.stats["rejected_share"] >= 1 / 16
+
+
 def test_a_response_with_a_token_that_the_old_policy_would_not_have_drawn_is_rejected() -> None:
     def spoilt(session: loop.Session) -> list[loop.Group]:
         groups = groups_of(session, lambda i: float(i == 0))
