@@ -58,11 +58,11 @@ from .loss import LOG_RATIO_LIMIT, kl_k3
 QUANTILES = {"xi_p01": 0.01, "xi_p05": 0.05, "xi_p50": 0.5, "xi_p95": 0.95, "xi_p99": 0.99}
 
 # Limits of the mean |log xi| (nats) between a sampler and a learner of the same weights and context.
-# Measured by tools/bench_gap.py (embedded model, lr 0.01, batches sampled before steps 1, 6, 13, 21):
+# Measured by tools/bench_gap.py (2 CPU cores; embedded model, batches sampled before steps 1, 6, 13, 21):
 #   float32, the same weights: at most 2.9e-7
-#   learner 1 step on: 8.6e-3, 5.4e-3, 2.8e-3, 8.0e-4;  5 steps on: 4.2e-2, 2.5e-2, 1.1e-2, 2.4e-3
-#   20 steps on: 0.20, 0.087;  one norm's weight times 1.5: 1.3e-2;  one matrix zero: 0.72
-#   bf16 on both sides: 1.4e-4;  on one side: 1.6e-3
+#   learner 1 step on: 8.6e-3, 5.4e-3, 2.7e-3, 8.0e-4;  5 steps on: 4.2e-2, 2.5e-2, 1.1e-2, 2.4e-3
+#   20 steps on: 0.19, 0.087;  one norm's weight times 1.5: 1.3e-2;  one matrix zero: 0.72
+#   bf16 on both sides: 1.3e-4;  on one side: 1.3e-3
 # Between engines, Qwen2.5-0.5B in bf16: a root mean square of 0.03 (ServiceNow/Fast-LLM, pull request
 # 525); so the limit for bf16 sees wrong weights, and weights that are stale by many steps.
 # Why the mean: the median stays below 3e-4 in all of these, as most tokens are certain under any
@@ -167,7 +167,7 @@ def _ratio(level: Level, gap_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def _statistics(gap_BT: Tensor, weight_BT: Tensor, kept_BT: Tensor, mask_BT: Tensor) -> dict[str, float]:
-    gap_N, weight_N = gap_BT[mask_BT], weight_BT[mask_BT].double()
+    gap_N, weight_N = gap_BT[mask_BT].double(), weight_BT[mask_BT].double()  # k3 is a small difference
     if not len(gap_N):
         return {}
     xi_N = gap_N.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().sort().values

@@ -353,6 +353,15 @@ def test_k3_is_of_the_sampler_to_the_old_policy():
     assert stats["sampler_gap_k3"] == pytest.approx(1 - math.log(2))
 
 
+def test_k3_of_float32_noise_is_not_negative():
+    source = torch.Generator().manual_seed(0)
+    noise_BT = 3e-7 * torch.randn(4, 1000, generator=source)
+    stats = correct(Correction(), noise_BT, torch.zeros(4, 1000), torch.ones(4, 1000).bool()).stats
+    assert (
+        0 < stats["sampler_gap_k3"] == pytest.approx(noise_BT.double().square().mean().item() / 2, rel=1e-3)
+    )
+
+
 def test_the_limit_of_the_gap_is_tighter_for_float32():
     assert usual_gap(torch.float32) < usual_gap(torch.bfloat16) == usual_gap(torch.float16)
 
