@@ -13,13 +13,13 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .config import Recipe, correction_name, whole_tokens
-from .correct import PRESETS, correct, mean_gap, usual_gap
+from .correct import PRESETS, Corrected, Correction, correct, mean_gap, usual_gap
 from .errors import FrugalError
 from .learn import Learner, Step
 from .loss import ALGORITHMS, advantages, advantages_with_kl, kl_loss, policy_loss
@@ -83,14 +83,9 @@ def learn(learner: Learner, recipe: Recipe, groups: Sequence[Group]) -> Step | N
     if not len(rows):
         return None
     rollouts = [everyone[i] for i in rows.tolist()]
-    device, preset = learner.decoder.device, correction_name(recipe)
-    width = max(len(r.response_ids) for r in rollouts)
-    # a correction is the whole batch's: its means are, and the share that it leaves out
-    seen, place_B = (rollouts, torch.arange(len(rows))) if preset == "off" else (everyone, rows)
-    sampled = _Sampled.of(seen, whole_tokens(recipe), device)
-    dense_BT = _old_of_others(learner, seen, place_B, sampled)
-    place_B = place_B.to(device)
-    mask_BT = sampled.mask_BT[place_B, :width]
+    device = learner.decoder.device
+    sampled = _Sampled.of(learner, recipe, everyone, rows)
+    mask_BT = sampled.learned(sampled.mask_AT)
     advantage_B = advantage_B[rows].to(device)
     sequences, tokens = len(everyone), int(length_NG.sum())
     max_tokens = recipe.rollout.max_tokens
@@ -101,9 +96,7 @@ def learn(learner: Learner, recipe: Recipe, groups: Sequence[Group]) -> Step | N
 
     def loss(logprob_BT: Tensor) -> tuple[Tensor, dict[str, float]]:
         old_BT = logprob_BT.detach()  # one step a batch: the old policy is the learner itself
-        dense_BT[place_B, :width] = old_BT
-        gap = _checked_gap(learner, recipe, dense_BT, sampled)
-        corrected = correct(PRESETS[preset], dense_BT, sampled.sampler_BT, sampled.mask_BT)
+        corrected = sampled.corrected(old_BT)
         advantage = advantage_B
         if reference_BT is not None and algorithm.kl == "reward":
             advantage = advantages_with_kl(reward_NG.to(device), algorithm, old_BT, reference_BT, mask_BT, kl)
@@ -114,12 +107,12 @@ def learn(learner: Learner, recipe: Recipe, groups: Sequence[Group]) -> Step | N
             advantage,
             mask_BT,
             sequences=sequences,
-            tokens=tokens - int((sampled.mask_BT & ~corrected.counted_BT).sum()),
+            tokens=tokens - int((sampled.mask_AT & ~corrected.counted_BT).sum()),
             max_tokens=max_tokens,
             clip_low=recipe.loss.clip_low,
             clip_high=recipe.loss.clip_high,
-            weight_BT=corrected.weight_BT[place_B, :width],
-            counted_BT=corrected.counted_BT[place_B, :width],
+            weight_BT=sampled.learned(corrected.weight_BT),
+            counted_BT=sampled.learned(corrected.counted_BT),
         )
         if reference_BT is not None and algorithm.kl == "loss":
             penalty = kl_loss(
@@ -133,67 +126,96 @@ def learn(learner: Learner, recipe: Recipe, groups: Sequence[Group]) -> Step | N
             )
             value = value + kl * penalty
             stats = {**stats, "kl": float(penalty.detach())}
-        return value, {**stats, **corrected.stats, **gap}
+        return value, {**stats, **corrected.stats}
 
     return learner.step(rollouts, loss)
 
 
 @dataclass(frozen=True)
 class _Sampled:
-    """Rollouts as the sampler drew them, right-padded: which tokens there are, and their log-probabilities.
+    """Rollouts as the sampler drew them, beside the old policy's log-probabilities; A rows, right-padded.
 
-    `whole_BT`: tokens of the mask that were drawn with the whole context in the cache.
+    With a correction these are all rollouts of the batch: its means are theirs, and the share that it
+    leaves out. Without one, those that are learned from. `row_B`: the places of the latter; `old_AT` is
+    known of the others, and 0 there. `whole_AT`: tokens drawn with the whole context in the cache. `limit`:
+    of `sampler_gap`, nats.
     """
 
-    mask_BT: Tensor
-    sampler_BT: Tensor
-    whole_BT: Tensor
+    correction: Correction
+    limit: float
+    row_B: Tensor
+    width: int
+    mask_AT: Tensor
+    sampler_AT: Tensor
+    whole_AT: Tensor
+    old_AT: Tensor
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout], whole: int | None, device: torch.device) -> _Sampled:
-        """`whole`: tokens of context up to which all of it is in the cache; None: however many."""
-        width = max(len(r.response_ids) for r in rollouts)
-        mask_BT = torch.zeros(len(rollouts), width, dtype=torch.bool)
-        whole_BT = torch.zeros_like(mask_BT)
-        sampler_BT = torch.zeros(len(rollouts), width)
-        for i, rollout in enumerate(rollouts):
-            length = len(rollout.response_ids)
-            mask_BT[i, :length] = True
-            sampler_BT[i, :length] = torch.from_numpy(rollout.logprob_T)
-            # token t is drawn from the prompt and the t tokens before it
-            fits = length if whole is None else whole - len(rollout.prompt_ids) + 1
-            whole_BT[i, : min(length, max(0, fits))] = True
-        return cls(mask_BT.to(device), sampler_BT.to(device), whole_BT.to(device))
-
-
-def _old_of_others(
-    learner: Learner, rollouts: Sequence[Rollout], place_B: Tensor, sampled: _Sampled
-) -> Tensor:
-    """Old log-probabilities [B, T] of the rollouts that are not learned from; 0 at `place_B`."""
-    old_BT = torch.zeros_like(sampled.sampler_BT)
-    learned = set(place_B.tolist())
-    rest = [i for i in range(len(rollouts)) if i not in learned]
-    if rest:
-        rest_BT = learner.log_probs([rollouts[i] for i in rest])
-        old_BT[torch.tensor(rest, device=old_BT.device), : rest_BT.shape[1]] = rest_BT
-    return old_BT
-
-
-def _checked_gap(learner: Learner, recipe: Recipe, old_BT: Tensor, sampled: _Sampled) -> dict[str, float]:
-    """`sampler_gap`, the mean |log xi| where the sampler saw all (no number if it nowhere did).
-
-    Raises FrugalError beyond the limit. A gap that is not finite is left to the step, which is dropped.
-    """
-    gap = mean_gap(old_BT, sampled.sampler_BT, sampled.whole_BT)
-    if gap is None:
-        return {}
-    limit = recipe.loss.max_gap or usual_gap(learner.decoder.dtype)
-    if limit < gap < math.inf:
-        raise FrugalError(
-            f"the sampler is not the policy that learns: where it had its whole context, their "
-            f"log-probabilities are {gap:.2g} nats a token apart on average, and loss.max_gap is {limit:.2g} "
-            f"({int(sampled.whole_BT.sum())} tokens compared). Likely: the sampler runs on stale or other "
-            "weights, or at another temperature than the learner, or its arithmetic is coarser. "
-            "The step was not taken. If this much is meant, set loss.max_gap above it"
+    def of(cls, learner: Learner, recipe: Recipe, rollouts: Sequence[Rollout], row_B: Tensor) -> _Sampled:
+        """Of a batch of which the rows `row_B` are learned from; the others go through the layers here."""
+        device, preset = learner.decoder.device, correction_name(recipe)
+        if preset == "off":
+            rollouts, row_B = [rollouts[i] for i in row_B.tolist()], torch.arange(len(row_B))
+        learned = row_B.tolist()
+        mask_AT, sampler_AT, whole_AT = _padded(rollouts, whole_tokens(recipe))
+        old_AT = torch.zeros_like(sampler_AT).to(device)
+        others = sorted(set(range(len(rollouts))) - set(learned))
+        if others:
+            others_BT = learner.log_probs([rollouts[i] for i in others])
+            old_AT[torch.tensor(others, device=device), : others_BT.shape[1]] = others_BT
+        return cls(
+            correction=PRESETS[preset],
+            limit=recipe.loss.max_gap or usual_gap(learner.decoder.dtype),
+            row_B=row_B.to(device),
+            width=max(len(rollouts[i].response_ids) for i in learned),
+            mask_AT=mask_AT.to(device),
+            sampler_AT=sampler_AT.to(device),
+            whole_AT=whole_AT.to(device),
+            old_AT=old_AT,
         )
-    return {"sampler_gap": gap}
+
+    def learned(self, value_AT: Tensor) -> Tensor:
+        """[B, T] of the rows that are learned from."""
+        return value_AT[self.row_B, : self.width]
+
+    def corrected(self, old_BT: Tensor) -> Corrected:
+        """The weights of all A rows, from the old policy's log-probabilities of those learned from.
+
+        Its numbers have `sampler_gap` too, the mean |log xi| where the sampler saw the whole context; not if
+        it nowhere did. Raises FrugalError where that is beyond the limit. One that is not finite is left to
+        the step, which is dropped.
+        """
+        old_AT = self.old_AT.clone()
+        old_AT[self.row_B, : self.width] = old_BT
+        corrected = correct(self.correction, old_AT, self.sampler_AT, self.mask_AT)
+        gap = mean_gap(old_AT, self.sampler_AT, self.whole_AT)
+        if gap is None:
+            return corrected
+        if self.limit < gap < math.inf:
+            raise FrugalError(
+                "the sampler is not the policy that learns: where it had the whole context, their "
+                f"log-probabilities are {gap:.2g} nats a token apart on average, and loss.max_gap is "
+                f"{self.limit:.2g} ({int(self.whole_AT.sum())} tokens compared). Likely: the sampler runs on "
+                "stale or other weights, or at another temperature than the learner, or its arithmetic is "
+                "coarser. The step was not taken. If this much is meant, set loss.max_gap above it"
+            )
+        return replace(corrected, stats={**corrected.stats, "sampler_gap": gap})
+
+
+def _padded(rollouts: Sequence[Rollout], whole: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens there are, their sampler's log-probabilities, and which saw the whole context; all [A, T].
+
+    `whole`: tokens of context up to which all of it is in the cache; None: however many.
+    """
+    width = max(len(r.response_ids) for r in rollouts)
+    mask_AT = torch.zeros(len(rollouts), width, dtype=torch.bool)
+    whole_AT = torch.zeros_like(mask_AT)
+    sampler_AT = torch.zeros(len(rollouts), width)
+    for i, rollout in enumerate(rollouts):
+        length = len(rollout.response_ids)
+        mask_AT[i, :length] = True
+        sampler_AT[i, :length] = torch.from_numpy(rollout.logprob_T)
+        # token t is drawn from the prompt and the t tokens before it
+        fits = length if whole is None else whole - len(rollout.prompt_ids) + 1
+        whole_AT[i, : min(length, max(0, fits))] = True
+    return mask_AT, sampler_AT, whole_AT

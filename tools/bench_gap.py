@@ -17,7 +17,7 @@ from frugal_rl import train as loop
 from frugal_rl.config import load_recipe
 from frugal_rl.correct import PRESETS, correct, mean_gap
 from frugal_rl.rollout import Rollout
-from frugal_rl.update import _Sampled, learn
+from frugal_rl.update import _padded, learn
 
 STEPS = 26
 SAMPLED_AT = (0, 5, 12, 20)  # steps done when the rollouts were drawn
@@ -25,12 +25,12 @@ LATER = (0, 1, 2, 5, 20)  # steps that the learner is ahead
 
 
 def show(session: loop.Session, rollouts: Sequence[Rollout], what: str) -> None:
-    sampled = _Sampled.of(rollouts, None, session.policy.decoder.device)
+    mask_BT, sampler_BT, _ = (t.to(session.policy.decoder.device) for t in _padded(rollouts, None))
     old_BT = session.learner.log_probs(rollouts)
-    gap_N = (old_BT - sampled.sampler_BT)[sampled.mask_BT].abs()
-    stats = correct(PRESETS["off"], old_BT, sampled.sampler_BT, sampled.mask_BT).stats
+    gap_N = (old_BT - sampler_BT)[mask_BT].abs()
+    stats = correct(PRESETS["off"], old_BT, sampler_BT, mask_BT).stats
     print(
-        f"{what:<32} mean {mean_gap(old_BT, sampled.sampler_BT, sampled.mask_BT):.1e}  "
+        f"{what:<32} mean {mean_gap(old_BT, sampler_BT, mask_BT):.1e}  "
         f"median {gap_N.median():.1e}  largest {gap_N.max():.1e}  k3 {stats['sampler_gap_k3']:.1e}  "
         f"xi {stats['xi_p01']:.3f} .. {stats['xi_p99']:.3f}",
         flush=True,

@@ -189,7 +189,7 @@ def test_a_compressed_samplers_gap_counts_only_where_it_saw_the_whole_context(ti
             ),
         )
 
-    with pytest.raises(FrugalError, match="where it had its whole context"):
+    with pytest.raises(FrugalError, match="where it had the whole context"):
         learn(tiny.learner, recipe, off_from(budget - 1))
     step = learn(tiny.learner, recipe, off_from(budget))
     assert step is not None
