@@ -11,7 +11,6 @@ other weights, and the run stops with this step not taken.
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -182,7 +181,7 @@ class _Sampled:
         """The weights of all A rows, from the old policy's log-probabilities of those learned from.
 
         Its numbers have `sampler_gap` too, the mean |log xi| where the sampler saw the whole context; not if
-        it nowhere did. Raises FrugalError where that is beyond the limit. One that is not finite is left to
+        it nowhere did. Raises FrugalError where that is beyond the limit. One that is no number is left to
         the step, which is dropped.
         """
         old_AT = self.old_AT.clone()
@@ -191,7 +190,7 @@ class _Sampled:
         gap = mean_gap(old_AT, self.sampler_AT, self.whole_AT)
         if gap is None:
             return corrected
-        if self.limit < gap < math.inf:
+        if gap > self.limit:
             raise FrugalError(
                 "the sampler is not the policy that learns: where it had the whole context, their "
                 f"log-probabilities are {gap:.2g} nats a token apart on average, and loss.max_gap is "
