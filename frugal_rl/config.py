@@ -113,6 +113,20 @@ class Loss:
     kl: NotNegative = 0.0  # weight of the KL to the reference; at 0 no reference is evaluated
     clip_low: Share | None = None  # the ratio's lower limit is 1 - clip_low; absent: the paper's
     clip_high: Positive | None = None  # the ratio's upper limit is 1 + clip_high; absent: the paper's
+    correction: Literal[
+        "auto",  # off where the sampler is the learner itself; sparse-rl with a kv_budget; tis with host weights
+        "off",
+        "sparse-rl",
+        "tis",
+        "mis",
+        "icepop",
+        "seq-tis",
+        "seq-mis",
+        "geo-rs",
+        "geo-rs-token-tis",
+    ] = "auto"
+    uncorrected: bool = False  # true allows correction = "off" where the sampler's cache is compressed
+    max_gap: Positive | None = None  # nats a token between sampler and learner; absent: by the arithmetic
 
 
 @dataclass(frozen=True)
@@ -158,6 +172,29 @@ class Recipe:
             lines = [f"{key} = {toml_value(v)}" for key, v in values.items() if v is not None]
             blocks.append("\n".join([f"[{section.name}]", *lines]) + "\n")
         return "\n".join(blocks)
+
+
+def whole_tokens(recipe: Recipe) -> int | None:
+    """Tokens of context up to which the sampler sees all of it, as the learner does; None: however many."""
+    budget: int | None = getattr(recipe.rollout, "kv_budget", None)
+    return budget
+
+
+def sampler_is_learner(recipe: Recipe) -> bool:
+    """Whether rollouts are drawn from the learner's own dense policy.
+
+    int8 weights: both read the same. host weights: the sampler reads an int8 copy.
+    """
+    return whole_tokens(recipe) is None and recipe.model.weights != "host"
+
+
+def correction_name(recipe: Recipe) -> str:
+    """The preset of correct.PRESETS that `loss.correction` stands for."""
+    if recipe.loss.correction != "auto":
+        return recipe.loss.correction
+    if sampler_is_learner(recipe):
+        return "off"
+    return "sparse-rl" if whole_tokens(recipe) is not None else "tis"
 
 
 UNGROUPED = frozenset({"reinforce++"})  # baseline over the batch: a group of one is enough
@@ -241,7 +278,9 @@ def parse_bytes(text: str) -> int:
 
 
 def toml_value(value: str | float) -> str:
-    """A text or number as TOML, so that `f"model.name={toml_value(name)}"` is a safe override."""
+    """A text, number or boolean as TOML, so that `f"model.name={toml_value(name)}"` is a safe override."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, str):
         # JSON's escapes are TOML's, but that TOML wants DEL escaped as well.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -355,7 +394,8 @@ def _expected(hint: Any) -> str:
     if origin is Literal:
         words = ", ".join(json.dumps(word) for word in arguments)
         return f"one of {words}" if len(arguments) > 1 else f"{words}, the only one supported"
-    return {str: "a text", int: "an integer", float: "a finite number"}[hint]
+    plain = {str: "a text", int: "an integer", float: "a finite number", bool: "true or false"}
+    return plain[hint]
 
 
 def _words(hint: Any) -> Sequence[str]:
@@ -421,6 +461,19 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
         raise InputError(
             f"{where}: [model] reference = {_show(recipe.model.reference)} with [loss] kl = 0, which asks no "
             "reference; leave reference out or set loss.kl"
+        )
+    if loss.uncorrected and loss.correction != "off":
+        raise InputError(
+            f"{where}: [loss] uncorrected = true with correction = {_show(loss.correction)}: it allows "
+            '"off" and nothing else; leave uncorrected out, or say correction = "off"'
+        )
+    if loss.correction == "off" and not loss.uncorrected and not sampler_is_learner(recipe):
+        budget = whole_tokens(recipe)
+        cause = f"[rollout] kv_budget = {budget}" if budget is not None else '[model] weights = "host"'
+        raise InputError(
+            f'{where}: [loss] correction = "off" with {cause}: the sampler is another policy than the '
+            "learner, and training on its rollouts as if they were the learner's own can collapse (arXiv "
+            "2601.10079); leave correction out, or say uncorrected = true to train so all the same"
         )
     if recipe.train.patience is not None and recipe.train.eval_every is None:
         raise InputError(

@@ -162,12 +162,15 @@ def policy_loss(
     clip_low: float | None = None,
     clip_high: float | None = None,
     weight_BT: Tensor | None = None,
+    counted_BT: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss (a scalar with gradient to `logprob_BT`) and numbers to log.
 
     `advantage`: [B] or [B, T]. `mask_BT`: bool, True at response tokens. `sequences`, `tokens`:
     of the whole rollout batch, responses left out of the tensors included. `clip_low`, `clip_high`:
     in place of the algorithm's own. `weight_BT` multiplies the token terms, without gradient.
+    `counted_BT`: the tokens of the mask that a response's average divides by, when not all; the others
+    add nothing. `tokens` is then a number of counted tokens.
 
     The numbers, over the tokens of the mask (none if it is empty): mean and largest ratio, learner
     over old, and `clip_share`, where the clip changed the term (for algorithms that clip).
@@ -187,7 +190,9 @@ def policy_loss(
     term_BT, touched_BT = _terms(algorithm, logprob_BT, ratio_BT, clipped_BT, advantage_BT)
     if weight_BT is not None:
         term_BT = term_BT * weight_BT.detach().masked_fill(~mask_BT, 0.0)
-    loss = -_average(algorithm, term_BT, mask_BT, sequences, tokens, max_tokens)
+    counted_BT = mask_BT if counted_BT is None else mask_BT & counted_BT
+    term_BT = term_BT.masked_fill(~counted_BT, 0.0)
+    loss = -_average(algorithm, term_BT, counted_BT, sequences, tokens, max_tokens)
     return loss, _statistics(ratio_BT.detach(), touched_BT, mask_BT)
 
 
@@ -244,7 +249,7 @@ def _average(
         case "constant_length":
             return value_BT.sum() / (sequences * max_tokens)
         case "tokens":
-            return value_BT.sum() / tokens
+            return value_BT.sum() / max(tokens, 1)
         case "response_sums":
             return value_BT.sum() / sequences
 

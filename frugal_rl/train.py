@@ -232,7 +232,12 @@ def train(
 def _say_still(session: Session, still: int, row: Mapping[str, Any], report: Reporter) -> None:
     """A run whose steps change nothing must say so at once."""
     lr, dtype = session.recipe.learner.lr, session.policy.weights.storage_dtype
-    if row["dropped"]:
+    if row.get("rejected_share") == 1.0:
+        advice = (
+            "the correction rejected every response, so nothing was learned: the sampler's policy is too far "
+            f"from the learner's (5 % of tokens have a ratio below {row['xi_p05']:.2g}): compress less"
+        )
+    elif row["dropped"]:
         advice = f"the step was dropped, the weights are as they were: {row['dropped']}"
     else:
         advice = (

@@ -18,7 +18,7 @@ LEVELS = [
     ["errors"],
     ["container", "codes", "patch", "config", "rollout", "tasks", "console"],
     ["undo", "checkpoint", "workers", "answers"],
-    ["live", "problems", "reward", "loss", "memory", "models", "shapes"],
+    ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes"],
     ["doctor", "stream", "storage", "weights"],
     ["decoder"],
     ["policy", "learn", "generate.cache", "generate.engine"],

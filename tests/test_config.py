@@ -55,7 +55,9 @@ def test_a_recipe_has_the_documented_defaults():
     )
     assert recipe.reward == config.Reward("last", timeout_s=5.0, on_timeout=0.0, on_error=0.0)
     assert recipe.rollout == config.Rollout(4, 2, 8, temperature=1.0, generator="engine")
-    assert recipe.loss == config.Loss("grpo", kl=0.0, clip_low=None, clip_high=None)
+    assert recipe.loss == config.Loss(
+        "grpo", kl=0.0, clip_low=None, clip_high=None, correction="auto", uncorrected=False, max_gap=None
+    )
     assert recipe.learner == config.Learner(0.5, kind="sgd", clip=1.0)
     assert recipe.train == config.Train(3, seed=0, eval_every=None)
     assert recipe.memory == config.Memory(budget=None)
@@ -81,6 +83,8 @@ def test_a_recipe_has_the_documented_defaults():
         ("loss.algorithm=reinforce++", "loss", "algorithm", "reinforce++"),
         ("loss.clip_low=1", "loss", "clip_low", 1.0),
         ("train.eval_every=10", "train", "eval_every", 10),
+        ("loss.correction=icepop", "loss", "correction", "icepop"),
+        ("loss.max_gap=1", "loss", "max_gap", 1.0),
     ],
 )
 def test_an_override_is_toml_or_else_a_bare_text(override, section, key, value):
@@ -107,7 +111,9 @@ def test_the_text_of_a_recipe_reads_back_as_the_same_recipe():
     full = dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, system=HOSTILE, suffix=HOSTILE, answer_after="####"),
-        loss=config.Loss("dapo", kl=1e-17, clip_low=0.1, clip_high=3e22),
+        loss=config.Loss(
+            "dapo", kl=1e-17, clip_low=0.1, clip_high=3e22, correction="off", uncorrected=True, max_gap=0.1
+        ),
         learner=config.Learner(5e-324, clip=1.7976931348623157e308),
         train=config.Train(1, seed=2**63 - 1, eval_every=1),
         memory=config.Memory("1.5GiB"),
@@ -208,6 +214,9 @@ def test_a_value_where_a_section_belongs_is_refused():
         ("data.format=chatt", '"chatt"; the nearest is "chat"', 'one of "chat", "plain"'),
         ("reward.kind=maths", '"maths"; the nearest is "math"', '"numeric", "last"'),
         ("model.weights=int4", '"int4"; the nearest is "int8"', 'one of "bf16", "int8"'),
+        ("loss.correction=sparse_rl", '"sparse_rl"; the nearest is "sparse-rl"', '"seq-mis", "geo-rs"'),
+        ("loss.uncorrected=1", "1", "true or false"),
+        ("loss.max_gap=0", "0", "a finite number above 0"),
         ("loss.algorithm=ppo", '"ppo"', '"grpo", "dr_grpo", "dapo", "rloo", "reinforce++"'),
     ],
 )
@@ -229,7 +238,7 @@ def test_what_is_not_supported_is_refused_by_name_with_what_is(override, only):
     assert f'expected "{only}", the only one supported' in refusal(override)
 
 
-@pytest.mark.parametrize("key", ["rollout.kv_budget", "rollout.eviction", "loss.correction"])
+@pytest.mark.parametrize("key", ["rollout.kv_budget", "rollout.eviction"])
 def test_a_key_that_would_do_nothing_does_not_exist(key):
     assert "has no key" in refusal(f"{key}=8")
 
@@ -265,6 +274,44 @@ def test_a_group_of_one_is_enough_where_the_batch_is_compared_but_not_a_batch_of
 def test_a_clip_is_refused_where_nothing_is_clipped(key):
     assert "which clips nothing" in refusal("loss.algorithm=rloo", f"loss.{key}=0.2")
     assert getattr(read_recipe(SMALL, [f"loss.{key}=0.2"]).loss, key) == 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Compressed(config.Rollout):
+    """A rollout section with an eviction budget."""
+
+    kv_budget: int | None = 48
+
+
+def compressed(*overrides):
+    recipe = read_recipe(SMALL, overrides)
+    return dataclasses.replace(recipe, rollout=Compressed(**dataclasses.asdict(recipe.rollout)))
+
+
+def test_the_correction_is_on_by_default_where_the_sampler_is_not_the_learner():
+    dense = read_recipe(SMALL)
+    assert config.sampler_is_learner(dense)
+    assert config.correction_name(dense) == "off"
+    assert config.correction_name(read_recipe(SMALL, ["model.weights=int8"])) == "off"
+    assert not config.sampler_is_learner(compressed())
+    assert config.correction_name(compressed()) == "sparse-rl"
+    for recipe in (read_recipe(SMALL, ["loss.correction=tis"]), compressed("loss.correction=tis")):
+        assert config.correction_name(recipe) == "tis"
+
+
+def test_training_uncorrected_on_a_compressed_cache_has_to_be_asked_for():
+    config._check_pairs(compressed(), "mine.toml")
+    config._check_pairs(read_recipe(SMALL, ["loss.correction=off"]), "mine.toml")
+    allowed = compressed("loss.correction=off", "loss.uncorrected=true")
+    config._check_pairs(allowed, "mine.toml")
+    assert config.correction_name(allowed) == "off"
+    with pytest.raises(InputError, match=r"kv_budget = 48.*uncorrected = true"):
+        config._check_pairs(compressed("loss.correction=off"), "mine.toml")
+
+
+@pytest.mark.parametrize("word", ["auto", "tis"])
+def test_uncorrected_is_refused_beside_a_correction(word):
+    assert 'allows "off" and nothing else' in refusal("loss.uncorrected=true", f"loss.correction={word}")
 
 
 def test_a_system_message_is_refused_where_there_is_no_chat():

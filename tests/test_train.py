@@ -162,7 +162,7 @@ def test_leaving_out_groups_without_signal_gives_the_same_step_as_keeping_them(t
 
 
 def test_the_reference_is_the_base_at_no_memory(tmp_path: Path) -> None:
-    with session_of(load_recipe("tiny", [*SMALL, "loss.kl=0.1"])) as session:
+    with session_of(load_recipe("tiny", [*SMALL, "loss.kl=0.1", "loss.max_gap=1"])) as session:
         groups = groups_of(session, lambda i: float(i == 0))
         rollouts = groups[0].rollouts
         reference = session.learner.log_probs(rollouts)
@@ -181,7 +181,7 @@ def test_the_reference_is_the_base_at_no_memory(tmp_path: Path) -> None:
 def test_kl_pulls_towards_the_base() -> None:
     gaps = {}
     for kl in ("0.0", "5.0"):
-        with session_of(load_recipe("tiny", [*SMALL, f"loss.kl={kl}"])) as session:
+        with session_of(load_recipe("tiny", [*SMALL, f"loss.kl={kl}", "loss.max_gap=9"])) as session:
             groups = groups_of(session, lambda i: float(i == 0))
             rollouts = [r for g in groups for r in g.rollouts]
             reference = session.learner.log_probs(rollouts)
@@ -397,7 +397,7 @@ def test_a_bf16_runs_summary_says_nothing_of_an_export(tiny: loop.Session, tmp_p
 
 
 def test_the_reference_of_an_int8_policy_is_its_base() -> None:
-    with session_of(load_recipe("tiny", [*INT8, "loss.kl=0.1"])) as session:
+    with session_of(load_recipe("tiny", [*INT8, "loss.kl=0.1", "loss.max_gap=1"])) as session:
         groups = groups_of(session, lambda i: float(i == 0))
         rollouts = groups[0].rollouts
         reference = session.learner.log_probs(rollouts)
