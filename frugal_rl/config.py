@@ -118,6 +118,8 @@ class Learner:
     lr: Positive
     kind: Literal["sgd"] = "sgd"
     clip: Positive = 1.0  # of the global gradient norm
+    minibatches: Count = 1  # optimizer steps that a rollout batch is dealt to, each of whole groups
+    epochs: Count = 1  # times that a rollout batch is gone through
 
 
 @dataclass(frozen=True)
@@ -415,6 +417,11 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
     for key in ("clip_low", "clip_high"):
         if loss.algorithm in UNCLIPPED and getattr(loss, key) is not None:
             raise InputError(f"{where}: [loss] {key} with {algorithm}, which clips nothing; leave {key} out")
+    if recipe.learner.minibatches > rollout.prompts:
+        raise InputError(
+            f"{where}: [learner] minibatches = {recipe.learner.minibatches} with [rollout] prompts = "
+            f"{rollout.prompts}: a minibatch is whole groups; expected at most one for each prompt"
+        )
     if recipe.train.patience is not None and recipe.train.eval_every is None:
         raise InputError(
             f"{where}: [train] patience without eval_every: there is no evaluation to be patient with; "

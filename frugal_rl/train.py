@@ -232,7 +232,7 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
     clock = _Clock()
     groups, drawn, sampled = _sample_groups(session, journal.drawn, clock)
     with clock("learn"):
-        learned = learn_within_memory(session.learner, session.recipe, groups, report.say)
+        learned = learn_within_memory(session.learner, session.recipe, groups, report.say, step=step)
     commit = learned.commit if learned else None
     changed = commit.changed if commit else {}
     weights = session.policy.weights
@@ -256,6 +256,7 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
         "gradient_norm": commit.norm if commit else None,
         "clip_scale": commit.scale if commit else None,
         "dropped": commit.dropped if commit else None,
+        "updates": 0,
         "changed_step": sum(len(c.position_N) for c in changed.values()),
         "changed_any": any_bit,
         "changed_1e5": moved,

@@ -1,13 +1,22 @@
-"""From a batch of judged groups to one optimizer step: advantages, the reference, the loss, the learner.
+"""From a batch of judged groups to its optimizer steps: advantages, the reference, the loss, the learner.
 
 Group: rollouts, judgements, rewards -> advantage -> loss(logprob_BT) -> Learner.step -> Step
+
+As a rule a rollout batch is one optimizer step, and the old policy's log-probabilities are the learner's
+own. With `learner.minibatches` or `learner.epochs` above 1 (PPO, arXiv 1707.06347 algorithm 1) they are
+computed once, before the first of several steps; advantages and the reference are those of the whole
+batch, and averages divide by the counts of the minibatch, as in volcengine/verl and huggingface/trl. A
+minibatch is whole groups, dealt anew each epoch in an order that is a function of (seed, step, epoch), and
+is a transaction of its own: one that is dropped, or runs out of memory, leaves the others as they are.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +25,16 @@ from .config import Recipe
 from .errors import FrugalError
 from .learn import Learner, Step
 from .loss import ALGORITHMS, advantages, advantages_with_kl, kl_loss, policy_loss
-from .problems import Problem
+from .problems import Problem, order
 from .reward import Judgement
 from .rollout import Rollout
+from .storage import Changed
+from .weights import Commit
 
 HALVINGS = 3  # of the micro-batch, when memory runs out
+MINIBATCHES = 3  # first word of the random keys of their order; training and evaluation have their own
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -39,16 +53,14 @@ class Group:
         return max(paid) > min(paid)
 
 
-def learn_within_memory(
-    learner: Learner, recipe: Recipe, groups: Sequence[Group], say: Callable[[str], None]
-) -> Step | None:
-    """`learn`; when memory runs out in the middle, again with smaller micro-batches, which later steps keep.
+def within_memory(learner: Learner, say: Callable[[str], None], work: Callable[[], Result]) -> Result:
+    """`work()`; when memory runs out in it, again with smaller micro-batches, which later work keeps.
 
-    A step is a transaction, so nothing of the failed try is left. Raises FrugalError after HALVINGS.
+    `work` must leave nothing behind when it fails, as a transaction does. Raises FrugalError after HALVINGS.
     """
     for halving in range(HALVINGS + 1):
         try:
-            return learn(learner, recipe, groups)
+            return work()
         except torch.OutOfMemoryError as error:
             if halving == HALVINGS or learner.micro_tokens == 1:
                 raise FrugalError(
@@ -63,67 +75,226 @@ def learn_within_memory(
     raise AssertionError("unreachable")
 
 
-def learn(learner: Learner, recipe: Recipe, groups: Sequence[Group]) -> Step | None:
-    """One optimizer step on the groups; None when no rollout has an advantage."""
-    algorithm = ALGORITHMS[recipe.loss.algorithm]
-    everyone = [r for g in groups for r in g.rollouts]
-    reward_NG = torch.tensor([g.rewards for g in groups], dtype=torch.float32)
-    length_NG = torch.tensor([[len(r.response_ids) for r in g.rollouts] for g in groups])
-    advantage_B = advantages(reward_NG, algorithm, length_NG).view(-1)
-    kl = recipe.loss.kl
-    # without a KL term, what has no advantage has no gradient: the counts below still include it
-    rows = torch.arange(len(everyone)) if kl else torch.nonzero(advantage_B).view(-1)
-    if not len(rows):
-        return None
-    rollouts = [everyone[i] for i in rows.tolist()]
-    device = learner.decoder.device
-    width = max(len(r.response_ids) for r in rollouts)
-    mask_BT = torch.zeros(len(rollouts), width, dtype=torch.bool)
-    sampler_BT = torch.zeros(len(rollouts), width)
-    for i, rollout in enumerate(rollouts):
-        mask_BT[i, : len(rollout.response_ids)] = True
-        sampler_BT[i, : len(rollout.response_ids)] = torch.from_numpy(rollout.logprob_T)
-    mask_BT, sampler_BT = mask_BT.to(device), sampler_BT.to(device)
-    advantage_B = advantage_B[rows].to(device)
-    sequences, tokens = len(everyone), int(length_NG.sum())
-    max_tokens = recipe.rollout.max_tokens
-    reference_BT = None
-    if kl:
-        with learner.decoder.weights.base():
-            reference_BT = learner.log_probs(rollouts)
+def learn_within_memory(
+    learner: Learner, recipe: Recipe, groups: Sequence[Group], say: Callable[[str], None], *, step: int = 1
+) -> Step | None:
+    """`learn`, each of its parts `within_memory`. Raises FrugalError."""
 
-    def loss(logprob_BT: Tensor) -> tuple[Tensor, dict[str, float]]:
-        old_BT = logprob_BT.detach()  # one step a batch: the old policy is the learner itself
-        advantage = advantage_B
-        if reference_BT is not None and algorithm.kl == "reward":
-            advantage = advantages_with_kl(reward_NG.to(device), algorithm, old_BT, reference_BT, mask_BT, kl)
+    def attempt(work: Callable[[], Any]) -> Any:
+        return within_memory(learner, say, work)
+
+    return learn(learner, recipe, groups, step=step, attempt=attempt)
+
+
+def learn(
+    learner: Learner,
+    recipe: Recipe,
+    groups: Sequence[Group],
+    *,
+    step: int = 1,
+    attempt: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+) -> Step | None:
+    """The groups' optimizer steps as one (`together`); None when no rollout has an advantage.
+
+    `step` decides the order of minibatches. `attempt` runs each optimizer step, and each pass without one.
+    """
+    batch = _Batch.of(recipe, groups, learner.decoder.device)
+    if not batch.rollouts:
+        return None
+    if recipe.loss.kl:
+        with learner.decoder.weights.base():
+            reference_BT = attempt(lambda: learner.log_probs(batch.rollouts))
+        batch = replace(batch, reference_BT=reference_BT)
+    minibatches = _minibatches(recipe, len(groups), step)
+    if len(minibatches) > 1:
+        old_BT = attempt(lambda: learner.log_probs(batch.rollouts))
+        batch = replace(batch, old_BT=old_BT, advantage=batch.shaped(old_BT))
+    steps = []
+    for numbers in minibatches:
+        part = batch.part(numbers)
+        if part.rollouts:
+            steps.append(attempt(partial(learner.step, part.rollouts, part.loss)))
+    return together(steps)
+
+
+def _minibatches(recipe: Recipe, groups: int, step: int) -> list[list[int]]:
+    """The groups of each optimizer step, ascending; sizes differ by one at most, none is empty."""
+    count = min(recipe.learner.minibatches, groups)
+    dealt = []
+    for epoch in range(recipe.learner.epochs):
+        shuffled = order(groups, MINIBATCHES, recipe.train.seed, step, epoch)
+        dealt += [sorted(shuffled[first::count]) for first in range(count)]
+    return dealt
+
+
+def together(steps: Sequence[Step]) -> Step:
+    """Several optimizer steps in a row as one: their changes composed, their numbers averaged.
+
+    A dropped step counts in no average, unless all were dropped; `dropped` says how many and why the first.
+    Of a statistic that is a maximum (`_max`) it is the largest. `stats` gets `updates`, how many committed.
+    """
+    done = [s for s in steps if s.commit.dropped is None]
+    if len(steps) == 1:
+        return replace(steps[0], stats={**steps[0].stats, "updates": len(done)})
+    counted = done or steps
+    why = next((s.commit.dropped for s in steps if s.commit.dropped is not None), None)
+    if why is not None:
+        why = f"{len(steps) - len(done)} of {len(steps)} updates: {why}"
+    stats = {}
+    for name in dict.fromkeys(name for s in counted for name in s.stats):
+        values = [s.stats[name] for s in counted if name in s.stats]
+        stats[name] = max(values) if name.endswith("_max") else _mean(values)
+    commit = Commit(
+        norm=_mean([s.commit.norm for s in counted]),
+        scale=_mean([s.commit.scale for s in counted]),
+        changed=composed([s.commit.changed for s in done]),
+        dropped=why,
+    )
+    return Step(
+        commit=commit,
+        loss=_mean([s.loss for s in counted]),
+        stats={**stats, "updates": len(done)},
+        entropy=_mean([s.entropy for s in counted]),
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def composed(changes: Sequence[Mapping[str, Changed]]) -> dict[str, Changed]:
+    """Changes made one after the other, as one change of each tensor.
+
+    An entry has the bits before its first change and after its last; one whose bits came back is left out.
+    """
+    out = {}
+    for name in dict.fromkeys(name for change in changes for name in change):
+        parts = [change[name] for change in changes if name in change]
+        # stable: of equal positions, the earlier change stays first
+        position_N, order_N = torch.sort(torch.cat([p.position_N for p in parts]), stable=True)
+        first_N = torch.ones_like(position_N, dtype=torch.bool)
+        first_N[1:] = position_N[1:] != position_N[:-1]
+        last_N = first_N.roll(-1)  # before the next position's first
+        before_N = torch.cat([p.before_bits_N for p in parts])[order_N][first_N]
+        after_N = torch.cat([p.after_bits_N for p in parts])[order_N][last_N]
+        differs_N = before_N != after_N
+        if bool(differs_N.any()):
+            out[name] = Changed(position_N[first_N][differs_N], before_N[differs_N], after_N[differs_N])
+    return out
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rollouts to learn from and what the loss needs of them; B rows, T up to the longest response.
+
+    `row_groups`: the group of each row. `length_NG`: response tokens; what has no row for want of an
+    advantage still counts. `reward_NG`: of the whole rollout batch. `advantage`: [B], or [B, T] with a KL in
+    the reward. `old_BT`: the old policy's log-probabilities; None: it is the learner itself.
+    """
+
+    recipe: Recipe
+    rollouts: list[Rollout]
+    row_groups: list[int]
+    reward_NG: Tensor
+    length_NG: Tensor
+    advantage: Tensor
+    mask_BT: Tensor
+    sampler_BT: Tensor
+    reference_BT: Tensor | None = None
+    old_BT: Tensor | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, groups: Sequence[Group], device: torch.device) -> _Batch:
+        """The whole rollout batch."""
+        everyone = [r for g in groups for r in g.rollouts]
+        reward_NG = torch.tensor([g.rewards for g in groups], dtype=torch.float32)
+        length_NG = torch.tensor([[len(r.response_ids) for r in g.rollouts] for g in groups])
+        advantage_B = advantages(reward_NG, ALGORITHMS[recipe.loss.algorithm], length_NG).view(-1)
+        # without a KL term, what has no advantage has no gradient
+        rows = torch.arange(len(everyone)) if recipe.loss.kl else torch.nonzero(advantage_B).view(-1)
+        rollouts = [everyone[i] for i in rows.tolist()]
+        width = max((len(r.response_ids) for r in rollouts), default=0)
+        mask_BT = torch.zeros(len(rollouts), width, dtype=torch.bool)
+        sampler_BT = torch.zeros(len(rollouts), width)
+        for i, rollout in enumerate(rollouts):
+            mask_BT[i, : len(rollout.response_ids)] = True
+            sampler_BT[i, : len(rollout.response_ids)] = torch.from_numpy(rollout.logprob_T)
+        return cls(
+            recipe=recipe,
+            rollouts=rollouts,
+            row_groups=(rows // reward_NG.shape[1]).tolist(),
+            reward_NG=reward_NG.to(device),
+            length_NG=length_NG,
+            advantage=advantage_B[rows].to(device),
+            mask_BT=mask_BT.to(device),
+            sampler_BT=sampler_BT.to(device),
+        )
+
+    def part(self, numbers: Sequence[int]) -> _Batch:
+        """The rows and the counts of these groups."""
+        rows = [row for row, number in enumerate(self.row_groups) if number in numbers]
+        rollouts = [self.rollouts[row] for row in rows]
+        width = max((len(r.response_ids) for r in rollouts), default=0)
+
+        def cut(value: Tensor) -> Tensor:
+            return value[rows, :width] if value.ndim == 2 else value[rows]
+
+        return replace(
+            self,
+            rollouts=rollouts,
+            row_groups=[self.row_groups[row] for row in rows],
+            length_NG=self.length_NG[list(numbers)],
+            advantage=cut(self.advantage),
+            mask_BT=cut(self.mask_BT),
+            sampler_BT=cut(self.sampler_BT),
+            reference_BT=None if self.reference_BT is None else cut(self.reference_BT),
+            old_BT=None if self.old_BT is None else cut(self.old_BT),
+        )
+
+    def shaped(self, old_BT: Tensor) -> Tensor:
+        """The advantages of the whole batch, with the KL of the old policy where it is in the reward."""
+        algorithm = ALGORITHMS[self.recipe.loss.algorithm]
+        if self.reference_BT is None or algorithm.kl != "reward":
+            return self.advantage
+        return advantages_with_kl(
+            self.reward_NG, algorithm, old_BT, self.reference_BT, self.mask_BT, self.recipe.loss.kl
+        )
+
+    def loss(self, logprob_BT: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """What the learner minimises, and numbers to log."""
+        algorithm, section = ALGORITHMS[self.recipe.loss.algorithm], self.recipe.loss
+        sequences, tokens = self.length_NG.numel(), int(self.length_NG.sum())
+        max_tokens = self.recipe.rollout.max_tokens
+        if self.old_BT is None:
+            old_BT = logprob_BT.detach()
+            advantage = self.shaped(old_BT)
+        else:
+            old_BT, advantage = self.old_BT, self.advantage
         value, stats = policy_loss(
             algorithm,
             logprob_BT,
             old_BT,
             advantage,
-            mask_BT,
+            self.mask_BT,
             sequences=sequences,
             tokens=tokens,
             max_tokens=max_tokens,
-            clip_low=recipe.loss.clip_low,
-            clip_high=recipe.loss.clip_high,
+            clip_low=section.clip_low,
+            clip_high=section.clip_high,
         )
-        if reference_BT is not None and algorithm.kl == "loss":
+        if self.reference_BT is not None and algorithm.kl == "loss":
             penalty = kl_loss(
                 algorithm,
                 logprob_BT,
-                reference_BT,
-                mask_BT,
+                self.reference_BT,
+                self.mask_BT,
                 sequences=sequences,
                 tokens=tokens,
                 max_tokens=max_tokens,
             )
-            value = value + kl * penalty
+            value = value + section.kl * penalty
             stats = {**stats, "kl": float(penalty.detach())}
-        return value, {**stats, **_sampler_gap(sampler_BT, old_BT, mask_BT)}
-
-    return learner.step(rollouts, loss)
+        return value, {**stats, **_sampler_gap(self.sampler_BT, old_BT, self.mask_BT)}
 
 
 def _sampler_gap(sampler_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> dict[str, float]:
