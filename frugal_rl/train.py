@@ -35,7 +35,7 @@ from .policy import Policy, best_device, load_policy
 from .problems import Problem, ProblemSet, draw, load_problems
 from .reward import Judgement, Verifier
 from .rollout import Request, Rollout
-from .update import Group, learn_within_memory
+from .update import Group, learn_within_memory, preflight
 from .weights import export, step_patch
 
 TRAINING = 1  # first word of the random keys; evaluation has its own
@@ -176,6 +176,15 @@ def train(
     `stopped` is asked after every step: True ends the run there, with everything saved.
     """
     recipe, began = session.recipe, time.perf_counter()
+    if not journal.step:  # the micro-batches of a run that goes on have been through whole steps
+        preflight(
+            session.learner,
+            session.plan,
+            recipe.rollout.prompts * recipe.rollout.samples,
+            _longest_prompt(session.problems),
+            recipe.rollout.max_tokens,
+            report.say,
+        )
     if not journal.validations:
         report.say(f"held-out accuracy before: {_validate(session, journal, 0)}")
     train_s = sum(row["seconds"] for row in journal.metrics)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from .config import Recipe
 from .errors import FrugalError
 from .learn import Learner, Step
 from .loss import ALGORITHMS, advantages, advantages_with_kl, kl_loss, policy_loss
+from .memory import Plan
 from .problems import Problem, order
 from .reward import Judgement
 from .rollout import Rollout
@@ -35,6 +37,7 @@ HALVINGS = 3  # of the micro-batch, when memory runs out
 MINIBATCHES = 3  # first word of the random keys of their order; training and evaluation have their own
 
 Result = TypeVar("Result")
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Group:
         return max(paid) > min(paid)
 
 
-def within_memory(learner: Learner, say: Callable[[str], None], work: Callable[[], Result]) -> Result:
+def within_memory(learner: Learner, say: Say, work: Callable[[], Result]) -> Result:
     """`work()`; when memory runs out in it, again with smaller micro-batches, which later work keeps.
 
     `work` must leave nothing behind when it fails, as a transaction does. Raises FrugalError after HALVINGS.
@@ -68,15 +71,46 @@ def within_memory(learner: Learner, say: Callable[[str], None], work: Callable[[
                     "fewer samples or max_tokens, or a smaller memory.budget than the device has"
                 ) from error
         learner.micro_tokens = max(1, learner.micro_tokens // 2)
-        say(f"out of memory: the step is run again with micro-batches of {learner.micro_tokens} tokens")
+        say(f"out of memory: going on with micro-batches of {learner.micro_tokens} tokens")
         gc.collect()
         if learner.decoder.device.type == "cuda":
             torch.cuda.empty_cache()
     raise AssertionError("unreachable")
 
 
+def preflight(
+    learner: Learner, plan: Plan, sequences: int, prompt_tokens: int, response_tokens: int, say: Say
+) -> None:
+    """Run the longest micro-batch that can come through a step, `within_memory`: what does not fit fails now.
+
+    `sequences` rollouts are planned, of up to so many tokens. Memory for the boundary states of those that
+    are not in the micro-batch is held meanwhile. The loss is 0, and a gradient of 0 changes no bit.
+    """
+    decoder, rng = learner.decoder, np.random.default_rng(0)
+    vocabulary = decoder.weights.held[decoder.embed_name].shape[0]
+
+    def run() -> None:
+        count = learner.micro_tokens // (prompt_tokens + response_tokens - 1)
+        count = max(1, min(count, sequences))
+        rollouts = [
+            Rollout(
+                prompt_ids=tuple(rng.integers(0, vocabulary, prompt_tokens).tolist()),
+                response_ids=rng.integers(0, vocabulary, response_tokens),
+                logprob_T=np.zeros(response_tokens, np.float32),
+                truncated=True,
+            )
+            for _ in range(count)
+        ]
+        others = plan.learning["boundary states"] * (sequences - count) // sequences
+        held = torch.empty(others, dtype=torch.uint8, device=decoder.device)
+        learner.step(rollouts, lambda logprob_BT: (logprob_BT.sum() * 0, {}))
+        del held
+
+    within_memory(learner, say, run)
+
+
 def learn_within_memory(
-    learner: Learner, recipe: Recipe, groups: Sequence[Group], say: Callable[[str], None], *, step: int = 1
+    learner: Learner, recipe: Recipe, groups: Sequence[Group], say: Say, *, step: int = 1
 ) -> Step | None:
     """`learn`, each of its parts `within_memory`. Raises FrugalError."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -172,6 +173,119 @@ def test_a_kl_is_to_the_base_and_advantages_are_of_the_whole_batch(
         expected = advantage[rows, :width] if advantage.ndim == 2 else advantage[rows]
         assert torch.equal(batch.advantage, expected)
         assert (advantage.ndim == 2) == (algorithm in ("rloo", "reinforce++"))
+
+
+# --- the pre-flight
+
+
+def fly(session: loop.Session, said: list[str]) -> None:
+    update.preflight(session.learner, session.plan, 16, 20, 24, said.append)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_a_preflight_changes_no_bit_and_draws_no_random_number(weights: str) -> None:
+    with session_of(f"model.weights={weights}") as session:
+        before, state = snapshot(session.learner), torch.get_rng_state()
+        numbers = np.random.get_state()[1].copy()
+        fly(session, [])
+        assert same_bits(before, snapshot(session.learner))
+        assert not session.policy.weights.overlay
+        assert torch.equal(torch.get_rng_state(), state)
+        assert (np.random.get_state()[1] == numbers).all()
+
+
+@pytest.mark.parametrize("micro_tokens,count", [(43 * 5, 5), (43 * 5 - 1, 4), (10, 1), (100_000, 16)])
+def test_a_preflight_is_the_longest_micro_batch_forward_and_backward(
+    micro_tokens: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes, backward = [], []
+    through, real = Learner._through, Learner._layer_backward
+    with session_of() as session:
+        session.learner.micro_tokens = micro_tokens
+
+        def noted(learner: Learner, index: int, batch: Any, states: list[Tensor]) -> None:
+            shapes.append([tuple(state.shape[:2]) for state in states])
+            through(learner, index, batch, states)
+
+        def back(*arguments: Any) -> None:
+            backward.append(arguments[1])
+            real(*arguments)
+
+        monkeypatch.setattr(Learner, "_through", noted)
+        monkeypatch.setattr(Learner, "_layer_backward", back)
+        fly(session, [])
+        layers = len(session.policy.decoder.layers)
+    assert shapes == [[(count, 43)]] * layers
+    assert backward == list(reversed(range(layers)))
+
+
+def test_a_preflight_holds_the_boundary_states_of_the_sequences_that_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    empty, held = torch.empty, []
+
+    def noted(*size: Any, **options: Any) -> Tensor:
+        made = empty(*size, **options)
+        if options.get("dtype") == torch.uint8:
+            held.append((weakref.ref(made), made.nbytes))
+        return made
+
+    def step(*_: Any) -> None:
+        assert held[0][0]() is not None  # for as long as the step runs
+
+    monkeypatch.setattr(torch, "empty", noted)
+    with session_of() as session:
+        monkeypatch.setattr(Learner, "step", step)
+        session.learner.micro_tokens = 43 * 4
+        fly(session, [])
+        assert [size for _, size in held] == [session.plan.learning["boundary states"] * 12 // 16]
+        assert held[0][0]() is None
+
+
+def test_memory_that_runs_out_in_the_preflight_halves_the_micro_batch_and_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, widths, said = Learner._layer_backward, [], list[str]()
+
+    def backward(learner: Learner, index: int, batch: Any, *rest: Any) -> None:
+        widths.append(batch.tokens[0].numel())
+        if batch.tokens[0].numel() > 43 * 4:
+            raise torch.OutOfMemoryError("made here")
+        real(learner, index, batch, *rest)
+
+    monkeypatch.setattr(Learner, "_layer_backward", backward)
+    with session_of() as session:
+        session.learner.micro_tokens = 43 * 16
+        fly(session, said)
+        assert session.learner.micro_tokens == 43 * 4
+    assert widths[:3] == [43 * 16, 43 * 8, 43 * 4]
+    assert ["micro-batches of 344 tokens" in said[0], "micro-batches of 172 tokens" in said[1]] == [True] * 2
+
+
+def test_a_run_begins_with_one_preflight_of_its_longest_lengths_and_ends_in_the_same_patch_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patches, calls = [], []
+    real = loop.preflight
+
+    def noted(*arguments: Any) -> None:
+        calls.append(arguments[2:5])
+        real(*arguments)
+
+    for name, replacement in (("with", noted), ("without", lambda *_: None)):
+        monkeypatch.setattr(loop, "preflight", replacement)
+        with session_of("train.steps=2") as session:
+            longest = loop._longest_prompt(session.problems)
+            journal = Journal.create(tmp_path / name, session.recipe, force=False)
+            loop.train(session, journal, QUIET, itertools.repeat(name == "with").__next__)
+        if name == "with":
+            with session_of("train.steps=2") as session:
+                journal, _ = Journal.open(tmp_path / name)
+                loop.resume(session, journal, QUIET)
+                loop.train(session, journal, QUIET, lambda: False)
+        patches.append((tmp_path / name / "patch.safetensors").read_bytes())
+    assert calls == [(16, longest, 24)]  # none when the run went on
+    assert patches[0] == patches[1]
 
 
 # --- dealing
