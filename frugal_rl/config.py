@@ -114,7 +114,7 @@ class Loss:
     clip_low: Share | None = None  # the ratio's lower limit is 1 - clip_low; absent: the paper's
     clip_high: Positive | None = None  # the ratio's upper limit is 1 + clip_high; absent: the paper's
     correction: Literal[
-        "auto",  # off where the sampler is the learner itself; sparse-rl with a kv_budget; tis with host weights
+        "auto",  # off where the sampler is the learner; sparse-rl with a kv_budget, tis with host weights
         "off",
         "sparse-rl",
         "tis",
@@ -134,6 +134,8 @@ class Learner:
     lr: Positive
     kind: Literal["sgd"] = "sgd"
     clip: Positive = 1.0  # of the global gradient norm
+    minibatches: Count = 1  # optimizer steps that a rollout batch is dealt to, each of whole groups
+    epochs: Count = 1  # times that a rollout batch is gone through
 
 
 @dataclass(frozen=True)
@@ -474,6 +476,11 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
             f'{where}: [loss] correction = "off" with {cause}: the sampler is another policy than the '
             "learner, and training on its rollouts as if they were the learner's own can collapse (arXiv "
             "2601.10079); leave correction out, or say uncorrected = true to train so all the same"
+        )
+    if recipe.learner.minibatches > rollout.prompts:
+        raise InputError(
+            f"{where}: [learner] minibatches = {recipe.learner.minibatches} with [rollout] prompts = "
+            f"{rollout.prompts}: a minibatch is whole groups; expected at most one for each prompt"
         )
     if recipe.train.patience is not None and recipe.train.eval_every is None:
         raise InputError(

@@ -388,9 +388,9 @@ class _Encoder:
 
 
 @lru_cache(maxsize=4)
-def order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The permutation of n problems in one epoch: stable across machines and numpy versions."""
-    raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
+def order(n: int, *key: int) -> tuple[int, ...]:
+    """The permutation of n things with this key: stable across machines and numpy versions."""
+    raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
     return tuple(np.argsort(raw, kind="stable").tolist())
 
 

@@ -35,7 +35,7 @@ from .policy import Policy, best_device, load_policy, load_reference
 from .problems import Problem, ProblemSet, draw, load_problems
 from .reward import Judgement, Verifier
 from .rollout import Request, Rollout
-from .update import Group, learn_within_memory
+from .update import Group, learn_within_memory, preflight
 from .weights import export, step_patch
 
 TRAINING = 1  # first word of the random keys; evaluation has its own
@@ -198,6 +198,15 @@ def train(
     `stopped` is asked after every step: True ends the run there, with everything saved.
     """
     recipe, began = session.recipe, time.perf_counter()
+    if not journal.step:  # the micro-batches of a run that goes on have been through whole steps
+        preflight(
+            session.learner,
+            session.plan,
+            recipe.rollout.prompts * recipe.rollout.samples,
+            _longest_prompt(session.problems),
+            recipe.rollout.max_tokens,
+            report.say,
+        )
     if not journal.validations:
         report.say(f"held-out accuracy before: {_validate(session, journal, 0)}")
     train_s = sum(row["seconds"] for row in journal.metrics)
@@ -259,7 +268,7 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
     clock = _Clock()
     groups, drawn, sampled = _sample_groups(session, journal.drawn, clock)
     with clock("learn"):
-        learned = learn_within_memory(session.learner, session.recipe, groups, report.say)
+        learned = learn_within_memory(session.learner, session.recipe, groups, report.say, step=step)
     commit = learned.commit if learned else None
     changed = commit.changed if commit else {}
     weights = session.policy.weights
@@ -283,6 +292,7 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
         "gradient_norm": commit.norm if commit else None,
         "clip_scale": commit.scale if commit else None,
         "dropped": commit.dropped if commit else None,
+        "updates": 0,
         "changed_step": sum(len(c.position_N) for c in changed.values()),
         "changed_any": any_bit,
         "changed_1e5": moved,

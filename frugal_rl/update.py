@@ -1,32 +1,45 @@
-"""From a batch of judged groups to one optimizer step: advantages, the reference, the loss, the learner.
+"""From a batch of judged groups to its optimizer steps: advantages, the reference, the loss, the learner.
 
-    Group: rollouts, judgements, rewards -> advantage -> loss(logprob_BT) -> Learner.step -> Step
+Group: rollouts, judgements, rewards -> advantage -> loss(logprob_BT) -> Learner.step -> Step
 
-The old policy is the learner's own before the step, dense; the sampler's log-probabilities came with
-the rollouts. What is between the two is corrected (correct.py), and watched: where the sampler had its
-whole context, the two are one policy and agree up to rounding. If they do not, the sampler ran on
-other weights, and the run stops with this step not taken.
+As a rule a rollout batch is one optimizer step, and the old policy's log-probabilities are the learner's
+own. With `learner.minibatches` or `learner.epochs` above 1 (PPO, arXiv 1707.06347 algorithm 1) they are
+computed once, before the first of several steps; advantages and the reference are those of the whole
+batch, and averages divide by the counts of the minibatch, as in volcengine/verl and huggingface/trl. A
+minibatch is whole groups, dealt anew each epoch in an order that is a function of (seed, step, epoch), and
+is a transaction of its own: one that is dropped, or runs out of memory, leaves the others as they are.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .config import Recipe, correction_name, whole_tokens
-from .correct import PRESETS, Corrected, Correction, correct, mean_gap, usual_gap
+from .config import Recipe
 from .errors import FrugalError
 from .learn import Learner, Step
 from .loss import ALGORITHMS, advantages, advantages_with_kl, kl_loss, policy_loss
-from .problems import Problem
+from .memory import Plan
+from .problems import Problem, order
 from .reward import Judgement
 from .rollout import Rollout
+from .sampled import Sampled
+from .storage import Changed
+from .weights import Commit
 
 HALVINGS = 3  # of the micro-batch, when memory runs out
+MINIBATCHES = 3  # first word of the random keys of their order; training and evaluation have their own
+
+Result = TypeVar("Result")
+Say = Callable[[str], None]
+Attempt = Callable[[Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -45,176 +58,303 @@ class Group:
         return max(paid) > min(paid)
 
 
-def learn_within_memory(
-    learner: Learner, recipe: Recipe, groups: Sequence[Group], say: Callable[[str], None]
-) -> Step | None:
-    """`learn`; when memory runs out in the middle, again with smaller micro-batches, which later steps keep.
+def within_memory(learner: Learner, say: Say, work: Callable[[], Result]) -> Result:
+    """`work()`; when memory runs out in it, again with smaller micro-batches, which later work keeps.
 
-    A step is a transaction, so nothing of the failed try is left. Raises FrugalError after HALVINGS.
+    `work` must leave nothing behind when it fails, as a transaction does. Raises FrugalError after HALVINGS.
     """
     for halving in range(HALVINGS + 1):
         try:
-            return learn(learner, recipe, groups)
-        except torch.OutOfMemoryError as error:
+            return work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if halving == HALVINGS or learner.micro_tokens == 1:
                 raise FrugalError(
                     f"out of memory with micro-batches of {learner.micro_tokens} tokens: {error}; take "
                     "fewer samples or max_tokens, or a smaller memory.budget than the device has"
                 ) from error
         learner.micro_tokens = max(1, learner.micro_tokens // 2)
-        say(f"out of memory: the step is run again with micro-batches of {learner.micro_tokens} tokens")
+        say(f"out of memory: going on with micro-batches of {learner.micro_tokens} tokens")
         gc.collect()
         if learner.decoder.device.type == "cuda":
             torch.cuda.empty_cache()
     raise AssertionError("unreachable")
 
 
-def learn(learner: Learner, recipe: Recipe, groups: Sequence[Group]) -> Step | None:
-    """One optimizer step on the groups; None when no rollout has an advantage."""
-    algorithm = ALGORITHMS[recipe.loss.algorithm]
-    everyone = [r for g in groups for r in g.rollouts]
-    reward_NG = torch.tensor([g.rewards for g in groups], dtype=torch.float32)
-    length_NG = torch.tensor([[len(r.response_ids) for r in g.rollouts] for g in groups])
-    advantage_B = advantages(reward_NG, algorithm, length_NG).view(-1)
-    kl = recipe.loss.kl
-    # without a KL term, what has no advantage has no gradient: the counts below still include it
-    rows = torch.arange(len(everyone)) if kl else torch.nonzero(advantage_B).view(-1)
-    if not len(rows):
-        return None
-    rollouts = [everyone[i] for i in rows.tolist()]
-    device = learner.decoder.device
-    sampled = _Sampled.of(learner, recipe, everyone, rows)
-    mask_BT = sampled.learned(sampled.mask_AT)
-    advantage_B = advantage_B[rows].to(device)
-    sequences, tokens = len(everyone), int(length_NG.sum())
-    max_tokens = recipe.rollout.max_tokens
-    reference_BT = None
-    if kl:
-        reference_BT = learner.reference_log_probs(rollouts)
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """A GPU's has a class of its own, a CPU's only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
-    def loss(logprob_BT: Tensor) -> tuple[Tensor, dict[str, float]]:
-        old_BT = logprob_BT.detach()  # one step a batch: the old policy is the learner itself
-        corrected = sampled.corrected(old_BT)
-        advantage = advantage_B
-        if reference_BT is not None and algorithm.kl == "reward":
-            advantage = advantages_with_kl(reward_NG.to(device), algorithm, old_BT, reference_BT, mask_BT, kl)
-        value, stats = policy_loss(
-            algorithm,
-            logprob_BT,
-            old_BT,
-            advantage,
-            mask_BT,
-            sequences=sequences,
-            tokens=tokens - int((sampled.mask_AT & ~corrected.counted_BT).sum()),
-            max_tokens=max_tokens,
-            clip_low=recipe.loss.clip_low,
-            clip_high=recipe.loss.clip_high,
-            weight_BT=sampled.learned(corrected.weight_BT),
-            counted_BT=sampled.learned(corrected.counted_BT),
-        )
-        if reference_BT is not None and algorithm.kl == "loss":
-            penalty = kl_loss(
-                algorithm,
-                logprob_BT,
-                reference_BT,
-                mask_BT,
-                sequences=sequences,
-                tokens=tokens,
-                max_tokens=max_tokens,
+
+def preflight(
+    learner: Learner, plan: Plan, sequences: int, prompt_tokens: int, response_tokens: int, say: Say
+) -> None:
+    """Run the longest micro-batch that can come through a step, `within_memory`: what does not fit fails now.
+
+    `sequences` rollouts are planned, of up to so many tokens. Memory for the boundary states of those that
+    are not in the micro-batch is held meanwhile. The loss is 0, and a gradient of 0 changes no bit.
+    """
+    decoder, rng = learner.decoder, np.random.default_rng(0)
+    vocabulary = decoder.weights.held[decoder.embed_name].shape[0]
+
+    def run() -> None:
+        count = learner.micro_tokens // (prompt_tokens + response_tokens - 1)
+        count = max(1, min(count, sequences))
+        rollouts = [
+            Rollout(
+                prompt_ids=tuple(rng.integers(0, vocabulary, prompt_tokens).tolist()),
+                response_ids=rng.integers(0, vocabulary, response_tokens),
+                logprob_T=np.zeros(response_tokens, np.float32),
+                truncated=True,
             )
-            value = value + kl * penalty
-            stats = {**stats, "kl": float(penalty.detach())}
-        return value, {**stats, **corrected.stats}
+            for _ in range(count)
+        ]
+        others = plan.learning["boundary states"] * (sequences - count) // sequences
+        held = torch.empty(others, dtype=torch.uint8, device=decoder.device)
+        learner.step(rollouts, lambda logprob_BT: (logprob_BT.sum() * 0, {}))
+        del held
 
-    return learner.step(rollouts, loss)
+    within_memory(learner, say, run)
+
+
+def learn_within_memory(
+    learner: Learner, recipe: Recipe, groups: Sequence[Group], say: Say, *, step: int = 1
+) -> Step | None:
+    """`learn`, each of its parts `within_memory`. Raises FrugalError."""
+
+    def attempt(work: Callable[[], Any]) -> Any:
+        return within_memory(learner, say, work)
+
+    return learn(learner, recipe, groups, step=step, attempt=attempt)
+
+
+def learn(
+    learner: Learner,
+    recipe: Recipe,
+    groups: Sequence[Group],
+    *,
+    step: int = 1,
+    attempt: Attempt = lambda work: work(),
+) -> Step | None:
+    """The groups' optimizer steps as one (`together`); None when no rollout has an advantage.
+
+    `step` decides the order of minibatches. `attempt` runs each optimizer step, and each pass without one.
+    """
+    batch = _Batch.of(recipe, groups, learner, attempt)
+    if batch is None:
+        return None
+    minibatches = _minibatches(recipe, len(groups), step)
+    if len(minibatches) > 1:
+        batch = batch.against(attempt(partial(learner.log_probs, batch.rollouts)))
+    steps = []
+    for numbers in minibatches:
+        part = batch.part(numbers)
+        if part.rollouts:
+            steps.append(attempt(partial(learner.step, part.rollouts, part.loss)))
+    return together(steps)
+
+
+def _minibatches(recipe: Recipe, groups: int, step: int) -> list[list[int]]:
+    """The groups of each optimizer step, ascending; sizes differ by one at most, none is empty."""
+    count = min(recipe.learner.minibatches, groups)
+    dealt = []
+    for epoch in range(recipe.learner.epochs):
+        shuffled = order(groups, MINIBATCHES, recipe.train.seed, step, epoch)
+        dealt += [sorted(shuffled[first::count]) for first in range(count)]
+    return dealt
+
+
+def together(steps: Sequence[Step]) -> Step:
+    """Several optimizer steps in a row as one: their changes composed, their numbers averaged.
+
+    A dropped step counts in no average, unless all were dropped; `dropped` says how many and why the first.
+    Of a statistic that is a maximum (`_max`) it is the largest. `stats` gets `updates`, how many committed.
+    """
+    done = [s for s in steps if s.commit.dropped is None]
+    if len(steps) == 1:
+        return replace(steps[0], stats={**steps[0].stats, "updates": len(done)})
+    counted = done or steps
+    why = next((s.commit.dropped for s in steps if s.commit.dropped is not None), None)
+    if why is not None:
+        why = f"{len(steps) - len(done)} of {len(steps)} updates: {why}"
+    stats = {}
+    for name in dict.fromkeys(name for s in counted for name in s.stats):
+        values = [s.stats[name] for s in counted if name in s.stats]
+        stats[name] = max(values) if name.endswith("_max") else _mean(values)
+    commit = Commit(
+        norm=_mean([s.commit.norm for s in counted]),
+        scale=_mean([s.commit.scale for s in counted]),
+        changed=composed([s.commit.changed for s in done]),
+        dropped=why,
+    )
+    return Step(
+        commit=commit,
+        loss=_mean([s.loss for s in counted]),
+        stats={**stats, "updates": len(done)},
+        entropy=_mean([s.entropy for s in counted]),
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def composed(changes: Sequence[Mapping[str, Changed]]) -> dict[str, Changed]:
+    """Changes made one after the other, as one change of each tensor.
+
+    An entry has the bits before its first change and after its last; one whose bits came back is left out.
+    """
+    out = {}
+    for name in dict.fromkeys(name for change in changes for name in change):
+        parts = [change[name] for change in changes if name in change]
+        # stable: of equal positions, the earlier change stays first
+        position_N, order_N = torch.sort(torch.cat([p.position_N for p in parts]), stable=True)
+        first_N = torch.ones_like(position_N, dtype=torch.bool)
+        first_N[1:] = position_N[1:] != position_N[:-1]
+        last_N = first_N.roll(-1)  # before the next position's first
+        before_N = torch.cat([p.before_bits_N for p in parts])[order_N][first_N]
+        after_N = torch.cat([p.after_bits_N for p in parts])[order_N][last_N]
+        differs_N = before_N != after_N
+        if bool(differs_N.any()):
+            out[name] = Changed(position_N[first_N][differs_N], before_N[differs_N], after_N[differs_N])
+    return out
 
 
 @dataclass(frozen=True)
-class _Sampled:
-    """Rollouts as the sampler drew them, beside the old policy's log-probabilities; A rows, right-padded.
+class _Batch:
+    """Rollouts to learn from and what the loss needs of them; B rows, T up to the longest response.
 
-    With a correction these are all rollouts of the batch: its means are theirs, and the share that it
-    leaves out. Without one, those that are learned from. `row_B`: the places of the latter; `old_AT` is
-    known of the others, and 0 there. `whole_AT`: tokens drawn with the whole context in the cache. `limit`:
-    of `sampler_gap`, nats.
+    `row_groups`: the group of each row. `length_NG`: response tokens; `counted_NG`: those averages count;
+    what has no row for want of an advantage is among them. `reward_NG`: of the whole rollout batch.
+    `advantage`: [B], or [B, T] with a KL in the reward. `old_BT`: the old policy's log-probabilities; None:
+    it is the learner itself, and `against` completes the batch. `weight_BT`, `counted_BT` and `stats` are
+    the correction's.
     """
 
-    correction: Correction
-    limit: float
-    row_B: Tensor
-    width: int
-    mask_AT: Tensor
-    sampler_AT: Tensor
-    whole_AT: Tensor
-    old_AT: Tensor
+    recipe: Recipe
+    rollouts: list[Rollout]
+    row_groups: list[int]
+    reward_NG: Tensor
+    length_NG: Tensor
+    advantage: Tensor
+    mask_BT: Tensor
+    sampled: Sampled
+    reference_BT: Tensor | None = None
+    old_BT: Tensor | None = None
+    counted_NG: Tensor | None = None
+    weight_BT: Tensor | None = None
+    counted_BT: Tensor | None = None
+    stats: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, learner: Learner, recipe: Recipe, rollouts: Sequence[Rollout], row_B: Tensor) -> _Sampled:
-        """Of a batch of which the rows `row_B` are learned from; the others go through the layers here."""
-        device, preset = learner.decoder.device, correction_name(recipe)
-        if preset == "off":
-            rollouts, row_B = [rollouts[i] for i in row_B.tolist()], torch.arange(len(row_B))
-        learned = row_B.tolist()
-        mask_AT, sampler_AT, whole_AT = _padded(rollouts, whole_tokens(recipe))
-        old_AT = torch.zeros_like(sampler_AT).to(device)
-        others = sorted(set(range(len(rollouts))) - set(learned))
-        if others:
-            others_BT = learner.log_probs([rollouts[i] for i in others])
-            old_AT[torch.tensor(others, device=device), : others_BT.shape[1]] = others_BT
+    def of(cls, recipe: Recipe, groups: Sequence[Group], learner: Learner, attempt: Attempt) -> _Batch | None:
+        """The whole rollout batch; None if nothing in it has an advantage."""
+        everyone = [r for g in groups for r in g.rollouts]
+        reward_NG = torch.tensor([g.rewards for g in groups], dtype=torch.float32)
+        length_NG = torch.tensor([[len(r.response_ids) for r in g.rollouts] for g in groups])
+        advantage_B = advantages(reward_NG, ALGORITHMS[recipe.loss.algorithm], length_NG).view(-1)
+        # without a KL term, what has no advantage has no gradient
+        rows = torch.arange(len(everyone)) if recipe.loss.kl else torch.nonzero(advantage_B).view(-1)
+        if not len(rows):
+            return None
+        rollouts = [everyone[i] for i in rows.tolist()]
+        device = learner.decoder.device
+        sampled = Sampled.of(
+            recipe,
+            everyone,
+            rows,
+            learner.decoder.dtype,
+            lambda others: attempt(partial(learner.log_probs, others)),
+            device,
+        )
         return cls(
-            correction=PRESETS[preset],
-            limit=recipe.loss.max_gap
-            or usual_gap(learner.decoder.dtype, quantised_sampler=recipe.model.weights == "host"),
-            row_B=row_B.to(device),
-            width=max(len(rollouts[i].response_ids) for i in learned),
-            mask_AT=mask_AT.to(device),
-            sampler_AT=sampler_AT.to(device),
-            whole_AT=whole_AT.to(device),
-            old_AT=old_AT,
+            recipe=recipe,
+            rollouts=rollouts,
+            row_groups=(rows // reward_NG.shape[1]).tolist(),
+            reward_NG=reward_NG.to(device),
+            length_NG=length_NG,
+            advantage=advantage_B[rows].to(device),
+            mask_BT=sampled.learned(sampled.mask_AT),
+            sampled=sampled,
+            reference_BT=attempt(partial(learner.reference_log_probs, rollouts)) if recipe.loss.kl else None,
         )
 
-    def learned(self, value_AT: Tensor) -> Tensor:
-        """[B, T] of the rows that are learned from."""
-        return value_AT[self.row_B, : self.width]
-
-    def corrected(self, old_BT: Tensor) -> Corrected:
-        """The weights of all A rows, from the old policy's log-probabilities of those learned from.
-
-        Its numbers have `sampler_gap` too, the mean |log xi| where the sampler saw the whole context; not if
-        it nowhere did. Raises FrugalError where that is beyond the limit. One that is no number is left to
-        the step, which is dropped.
-        """
-        old_AT = self.old_AT.clone()
-        old_AT[self.row_B, : self.width] = old_BT
-        corrected = correct(self.correction, old_AT, self.sampler_AT, self.mask_AT)
-        gap = mean_gap(old_AT, self.sampler_AT, self.whole_AT)
-        if gap is None:
-            return corrected
-        if gap > self.limit:
-            raise FrugalError(
-                "the sampler is not the policy that learns: where it had the whole context, their "
-                f"log-probabilities are {gap:.2g} nats a token apart on average, and loss.max_gap is "
-                f"{self.limit:.2g} ({int(self.whole_AT.sum())} tokens compared). Likely: the sampler runs on "
-                "stale or other weights, or at another temperature than the learner, or its arithmetic is "
-                "coarser. The step was not taken. If this much is meant, set loss.max_gap above it"
+    def against(self, old_BT: Tensor) -> _Batch:
+        """Complete, by the old policy's log-probabilities of the whole batch. Raises as Sampled.corrected."""
+        algorithm, corrected = ALGORITHMS[self.recipe.loss.algorithm], self.sampled.corrected(old_BT)
+        advantage, counted_NG = self.advantage, self.length_NG.clone()
+        counted_NG.view(-1)[self.sampled.place_A] -= self.sampled.left_out(corrected)
+        if self.reference_BT is not None and algorithm.kl == "reward":
+            advantage = advantages_with_kl(
+                self.reward_NG, algorithm, old_BT, self.reference_BT, self.mask_BT, self.recipe.loss.kl
             )
-        return replace(corrected, stats={**corrected.stats, "sampler_gap": gap})
+        return replace(
+            self,
+            old_BT=old_BT,
+            advantage=advantage,
+            counted_NG=counted_NG,
+            weight_BT=self.sampled.learned(corrected.weight_BT),
+            counted_BT=self.sampled.learned(corrected.counted_BT),
+            stats=corrected.stats,
+        )
 
+    def part(self, numbers: Sequence[int]) -> _Batch:
+        """The rows and the counts of these groups."""
+        rows = [row for row, number in enumerate(self.row_groups) if number in numbers]
+        rollouts = [self.rollouts[row] for row in rows]
+        width = max((len(r.response_ids) for r in rollouts), default=0)
 
-def _padded(rollouts: Sequence[Rollout], whole: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens there are, their sampler's log-probabilities, and which saw the whole context; all [A, T].
+        def cut(value: Tensor) -> Tensor:
+            return value[rows, :width] if value.ndim == 2 else value[rows]
 
-    `whole`: tokens of context up to which all of it is in the cache; None: however many.
-    """
-    width = max(len(r.response_ids) for r in rollouts)
-    mask_AT = torch.zeros(len(rollouts), width, dtype=torch.bool)
-    whole_AT = torch.zeros_like(mask_AT)
-    sampler_AT = torch.zeros(len(rollouts), width)
-    for i, rollout in enumerate(rollouts):
-        length = len(rollout.response_ids)
-        mask_AT[i, :length] = True
-        sampler_AT[i, :length] = torch.from_numpy(rollout.logprob_T)
-        # token t is drawn from the prompt and the t tokens before it
-        fits = length if whole is None else whole - len(rollout.prompt_ids) + 1
-        whole_AT[i, : min(length, max(0, fits))] = True
-    return mask_AT, sampler_AT, whole_AT
+        def maybe(value: Tensor | None) -> Tensor | None:
+            return None if value is None else cut(value)
+
+        return replace(
+            self,
+            rollouts=rollouts,
+            row_groups=[self.row_groups[row] for row in rows],
+            length_NG=self.length_NG[list(numbers)],
+            counted_NG=None if self.counted_NG is None else self.counted_NG[list(numbers)],
+            advantage=cut(self.advantage),
+            mask_BT=cut(self.mask_BT),
+            reference_BT=maybe(self.reference_BT),
+            old_BT=maybe(self.old_BT),
+            weight_BT=maybe(self.weight_BT),
+            counted_BT=maybe(self.counted_BT),
+        )
+
+    def loss(self, logprob_BT: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """What the learner minimises, and numbers to log."""
+        batch = self if self.old_BT is not None else self.against(logprob_BT.detach())
+        assert batch.old_BT is not None and batch.counted_NG is not None
+        algorithm, section = ALGORITHMS[self.recipe.loss.algorithm], self.recipe.loss
+        sequences, max_tokens = self.length_NG.numel(), self.recipe.rollout.max_tokens
+        value, stats = policy_loss(
+            algorithm,
+            logprob_BT,
+            batch.old_BT,
+            batch.advantage,
+            self.mask_BT,
+            sequences=sequences,
+            tokens=int(batch.counted_NG.sum()),
+            max_tokens=max_tokens,
+            clip_low=section.clip_low,
+            clip_high=section.clip_high,
+            weight_BT=batch.weight_BT,
+            counted_BT=batch.counted_BT,
+        )
+        if self.reference_BT is not None and algorithm.kl == "loss":
+            penalty = kl_loss(
+                algorithm,
+                logprob_BT,
+                self.reference_BT,
+                self.mask_BT,
+                sequences=sequences,
+                tokens=int(self.length_NG.sum()),
+                max_tokens=max_tokens,
+            )
+            value = value + section.kl * penalty
+            stats = {**stats, "kl": float(penalty.detach())}
+        return value, {**stats, **batch.stats}

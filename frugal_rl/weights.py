@@ -421,6 +421,8 @@ class Transaction:
         if not math.isfinite(norm):
             return Commit(norm, 0.0, {}, dropped=f"the gradient's norm is {norm}")
         factor = self._factor(self._square.sqrt())
+        if norm == 0:  # not even the sign of a zero changes
+            return Commit(norm, float(factor), {})
         changed = {}
         for name in list(self._proposed):
             chunks = self._proposed.pop(name)  # so that what waits and what is committed never coexist

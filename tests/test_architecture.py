@@ -22,7 +22,7 @@ LEVELS = [
     ["doctor", "stream", "storage", "weights"],
     ["decoder"],
     ["policy", "learn", "generate.cache", "generate.engine"],
-    ["update", "evaluate", "journal"],
+    ["sampled", "update", "evaluate", "journal"],
     ["train"],
     ["cli_patch", "cli"],
 ]

@@ -58,7 +58,7 @@ def test_a_recipe_has_the_documented_defaults():
     assert recipe.loss == config.Loss(
         "grpo", kl=0.0, clip_low=None, clip_high=None, correction="auto", uncorrected=False, max_gap=None
     )
-    assert recipe.learner == config.Learner(0.5, kind="sgd", clip=1.0)
+    assert recipe.learner == config.Learner(0.5, kind="sgd", clip=1.0, minibatches=1, epochs=1)
     assert recipe.train == config.Train(3, seed=0, eval_every=None)
     assert recipe.memory == config.Memory(budget=None)
     assert recipe.memory.budget_bytes is None
@@ -128,7 +128,7 @@ def test_the_text_of_a_recipe_holds_every_key_that_has_a_value():
     assert list(tree) == [field.name for field in dataclasses.fields(Recipe)]
     assert tree["train"] == {"steps": 3, "seed": 0}  # no eval_every
     assert tree["memory"] == {}
-    assert tree["learner"] == {"lr": 0.5, "kind": "sgd", "clip": 1.0}
+    assert tree["learner"] == {"lr": 0.5, "kind": "sgd", "clip": 1.0, "minibatches": 1, "epochs": 1}
 
 
 def test_the_order_of_keys_in_the_file_changes_nothing():

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from frugal_rl import config
+from frugal_rl import config, update
 from frugal_rl import train as loop
 from frugal_rl.config import Recipe, load_recipe
-from frugal_rl.correct import PRESETS
+from frugal_rl.correct import PRESETS, correct
 from frugal_rl.errors import FrugalError
 from frugal_rl.journal import Journal
 from frugal_rl.rollout import Rollout
@@ -210,3 +211,34 @@ def test_every_step_logs_what_the_correction_saw(tiny: loop.Session, tmp_path: P
     row = loop._step(tiny, journal, 1, QUIET)
     names = {"xi_p01", "xi_p05", "xi_p50", "xi_p95", "xi_p99", "rejected_share", "masked_share"}
     assert names | {"sampler_gap", "sampler_gap_k3", "effective_share"} <= set(row)
+
+
+def test_minibatches_share_the_correction_of_the_whole_batch_and_count_their_own_tokens(
+    tiny: loop.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(1)
+    groups = with_logprobs(
+        drawn(tiny), lambda r: r.logprob_T + rng.normal(0, 0.5, len(r.logprob_T)).astype("f")
+    )
+    rollouts = [r for g in groups for r in g.rollouts]
+    old_BT = tiny.learner.log_probs(rollouts)
+    mask_BT, sampler_BT = torch.zeros(old_BT.shape, dtype=torch.bool), torch.zeros(old_BT.shape)
+    for i, rollout in enumerate(rollouts):
+        mask_BT[i, : len(rollout.logprob_T)] = True
+        sampler_BT[i, : len(rollout.logprob_T)] = torch.from_numpy(rollout.logprob_T)
+    expected = correct(PRESETS["sparse-rl"], old_BT, sampler_BT, mask_BT)
+    seen: list[Any] = []
+    real = update._Batch.loss
+    monkeypatch.setattr(update._Batch, "loss", lambda batch, x: (seen.append(batch), real(batch, x))[1])
+    words = [*SMALL, "loss.correction=sparse-rl", "loss.max_gap=9", "learner.minibatches=2"]
+    step = learn(tiny.learner, load_recipe("tiny", words), groups)
+    assert step is not None and step.stats["masked_share"] == pytest.approx(expected.stats["masked_share"])
+    weights = {id(r): expected.weight_BT[i] for i, r in enumerate(rollouts)}
+    counted = {id(r): int((expected.counted_BT & mask_BT)[i].sum()) for i, r in enumerate(rollouts)}
+    assert len(seen) == 2  # each has one group with signal
+    for batch in seen:
+        for rollout, weight_T in zip(batch.rollouts, batch.weight_BT, strict=True):
+            length = len(rollout.logprob_T)
+            torch.testing.assert_close(weight_T[:length], weights[id(rollout)][:length])
+    assert sum(int(batch.counted_NG.sum()) for batch in seen) == sum(counted.values())
+    assert all(int(batch.counted_NG.sum()) < int(batch.length_NG.sum()) for batch in seen)

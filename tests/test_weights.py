@@ -194,6 +194,13 @@ def test_proposals_stay_small_when_the_norm_is_far_above_the_clip() -> None:
     assert 0 < changed < 3000
 
 
+def test_a_gradient_of_zero_changes_no_bit_not_even_the_sign_of_a_zero() -> None:
+    weights = Weights({"a": torch.full((4,), -0.0)})
+    result = commit(weights, {"a": torch.tensor([0.0, -0.0, -0.0, 0.0])}, 0.1, 1.0)
+    assert (result.norm, result.scale, result.changed, result.dropped) == (0.0, 1.0, {}, None)
+    assert torch.signbit(weights.tensors["a"]).all()
+
+
 def test_negative_zero_and_zero_are_different_bits() -> None:
     weights = Weights({"a": torch.tensor([-0.0, 0.0], dtype=torch.bfloat16)}, base=BaseInfo("z", {}))
     result = commit(weights, {"a": torch.tensor([0.0, 0.0])}, 1.0, None)
