@@ -246,7 +246,7 @@ def test_kl_pulls_towards_the_model_that_the_recipe_names(tmp_path: Path, tiny_f
 
         patch = session.policy.weights.patch({})
         checkpoint.apply(tiny_folder, patch, tmp_path / "other")
-    words = [*SMALL, "loss.kl=5", f"model.reference={tmp_path / 'other'}"]
+    words = [*SMALL, "loss.kl=5", "loss.max_gap=9", f"model.reference={tmp_path / 'other'}"]
     with loop.open_session(load_recipe("tiny", words), QUIET, device=CPU) as session:
         groups = groups_of(session, lambda i: float(i == 0))
         rollouts = [r for g in groups for r in g.rollouts]
