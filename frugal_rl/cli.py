@@ -373,6 +373,7 @@ def evaluate_command(
             max_tokens=config.rollout.max_tokens,
             samples=samples,
             temperature=temperature if temperature is not None else float(samples > 1),
+            truncation=loop.truncation_of(config),
             ks=ks,
             seed=config.train.seed,
         )

@@ -62,6 +62,7 @@ Seed = Annotated[int, Range(at_least=0, at_most=2**63 - 1)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(at_least=0)]
 Share = Annotated[float, Range(above=0, at_most=1)]
+Texts = tuple[Text, ...]  # a list in TOML
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,15 @@ class Rollout:
     samples: Count  # responses to each prompt: the group
     max_tokens: Count  # of a response
     temperature: Positive = 1.0
+    top_k: Count | None = None  # draw among the k likeliest tokens; absent: among all
+    top_p: Share | None = None  # and among the likeliest that have this probability together
+    min_p: Share | None = None  # and among those with this share of the likeliest one's probability
+    stop: Text | Texts | None = None  # strings that end a response, besides the model's stop tokens
     generator: Literal["engine"] = "engine"
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
 
 
 @dataclass(frozen=True)
@@ -238,8 +247,10 @@ def parse_bytes(text: str) -> int:
     return size_bytes
 
 
-def toml_value(value: str | float) -> str:
-    """A text or number as TOML, so that `f"model.name={toml_value(name)}"` is a safe override."""
+def toml_value(value: str | float | tuple[str, ...]) -> str:
+    """A text, number or list as TOML, so that `f"model.name={toml_value(name)}"` is a safe override."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but that TOML wants DEL escaped as well.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -332,6 +343,9 @@ def _fit(value: Any, hint: Any) -> Any:
     elif origin is Literal:
         if isinstance(value, str) and value in arguments:
             return value
+    elif origin is tuple:
+        if isinstance(value, list) and value:
+            return tuple(_fit(item, arguments[0]) for item in value)
     elif hint is float and type(value) in (int, float) and abs(value) < math.inf:
         try:
             return float(value)
@@ -350,6 +364,8 @@ def _expected(hint: Any) -> str:
     if origin is Annotated:
         base, limits = arguments
         return "a text that is not empty" if base is str else f"{_expected(base)} {limits}"
+    if origin is tuple:
+        return f"a list of such, each {_expected(arguments[0])}"
     if origin is Literal:
         words = ", ".join(json.dumps(word) for word in arguments)
         return f"one of {words}" if len(arguments) > 1 else f"{words}, the only one supported"

@@ -82,7 +82,7 @@ def learn(learner: Learner, recipe: Recipe, groups: Sequence[Group]) -> Step | N
     sampler_BT = torch.zeros(len(rollouts), width)
     for i, rollout in enumerate(rollouts):
         mask_BT[i, : len(rollout.response_ids)] = True
-        sampler_BT[i, : len(rollout.response_ids)] = torch.from_numpy(rollout.logprob_T)
+        sampler_BT[i, : len(rollout.response_ids)] = torch.from_numpy(rollout.policy_logprob_T)
     mask_BT, sampler_BT = mask_BT.to(device), sampler_BT.to(device)
     advantage_B = advantage_B[rows].to(device)
     sequences, tokens = len(everyone), int(length_NG.sum())

@@ -81,6 +81,10 @@ def test_a_recipe_has_the_documented_defaults():
         ("loss.algorithm=reinforce++", "loss", "algorithm", "reinforce++"),
         ("loss.clip_low=1", "loss", "clip_low", 1.0),
         ("train.eval_every=10", "train", "eval_every", 10),
+        ("rollout.top_k=40", "rollout", "top_k", 40),
+        ("rollout.top_p=1", "rollout", "top_p", 1.0),
+        ("rollout.stop=</answer>", "rollout", "stop", "</answer>"),
+        ('rollout.stop=["</answer>", "Q:"]', "rollout", "stop", ("</answer>", "Q:")),
     ],
 )
 def test_an_override_is_toml_or_else_a_bare_text(override, section, key, value):
@@ -107,6 +111,7 @@ def test_the_text_of_a_recipe_reads_back_as_the_same_recipe():
     full = dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, system=HOSTILE, suffix=HOSTILE, answer_after="####"),
+        rollout=dataclasses.replace(recipe.rollout, top_k=3, min_p=0.1, stop=("a", HOSTILE)),
         loss=config.Loss("dapo", kl=1e-17, clip_low=0.1, clip_high=3e22),
         learner=config.Learner(5e-324, clip=1.7976931348623157e308),
         train=config.Train(1, seed=2**63 - 1, eval_every=1),
@@ -156,7 +161,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name_and_the_known_ones():
     message = refusal(text=SMALL.replace("max_tokens", "max_token"))
     assert message.startswith('mine.toml: [rollout] has no key "max_token"')
     assert 'the nearest is "max_tokens"' in message
-    assert "prompts, samples, max_tokens, temperature, generator" in message
+    assert "prompts, samples, max_tokens, temperature, top_k" in message
 
 
 def test_a_key_in_the_wrong_section_is_refused_with_the_right_one():
@@ -200,6 +205,9 @@ def test_a_value_where_a_section_belongs_is_refused():
         ("train.seed=-1", "-1", "an integer at least 0"),
         ("train.seed=9223372036854775808", "9223372036854775808", "at most 9223372036854775807"),
         ("train.eval_every=0", "0", "an integer at least 1"),
+        ("rollout.min_p=0", "0", "a finite number above 0 and at most 1"),
+        ("rollout.stop=[]", "[]", "a text that is not empty or a list of such"),
+        ('rollout.stop=["a", ""]', "['a', '']", "a text that is not empty or a list of such"),
         ("model.name=", '""', "a text that is not empty"),
         ("model.name=7", "7", "a text that is not empty"),
         ("data.suffix=7", "7", "a text"),

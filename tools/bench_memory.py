@@ -93,6 +93,7 @@ def learner_step(sequences: int, tokens: int) -> tuple[int, float]:
             rng.integers(0, config.vocab_size, tokens - prompt),
             np.zeros(tokens - prompt, np.float32),
             False,
+            np.zeros(tokens - prompt, np.float32),
         )
         for _ in range(sequences)
     ]
