@@ -21,7 +21,7 @@ LEVELS = [
     ["live", "problems", "reward", "loss", "memory", "models", "shapes"],
     ["doctor", "storage", "weights"],
     ["decoder"],
-    ["policy", "learn", "generate.cache", "generate.sample", "generate.engine"],
+    ["policy", "learn", "generate.cache", "generate.eviction", "generate.sample", "generate.engine"],
     ["update", "evaluate", "journal"],
     ["train"],
     ["cli_patch", "cli"],

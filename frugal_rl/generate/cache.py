@@ -60,7 +60,13 @@ class SlotCache:
         """The cache to run the next `count` tokens of one sequence with, after the `held` that are there."""
         column_C = torch.arange(held + count, device=self.device)
         row_T = torch.arange(held, held + count, device=self.device)
-        return Extend(self, slot, held, (column_C <= row_T[:, None])[None, None])
+        return Extend(
+            self,
+            torch.tensor([slot], device=self.device),
+            slot,
+            held,
+            (column_C <= row_T[:, None])[None, None],
+        )
 
     def decode(self, entry_S: Tensor, longest: int) -> Decode:
         """The cache to run one token a slot with; `entry_S` is where each slot's token goes.
@@ -94,6 +100,7 @@ class Extend:
     """Appends a chunk of one prompt; attention sees the slot's entries through `mask` [1, 1, T, C]."""
 
     cache: SlotCache
+    slot_B: Tensor
     slot: int
     held: int
     mask: Tensor
@@ -113,7 +120,7 @@ class Decode:
     """Appends one token a slot; attention sees the slot's entries through `mask` [S, 1, 1, C]."""
 
     cache: SlotCache
-    slot_S: Tensor
+    slot_B: Tensor
     entry_S: Tensor
     longest: int
     mask: Tensor
@@ -122,6 +129,6 @@ class Decode:
         """key, value [S, K, 1, D]. In place on the cache; returns views of it."""
         seen = []
         for buffer, new in ((self.cache.key_LSKCD, key), (self.cache.value_LSKCD, value)):
-            buffer[layer, self.slot_S, :, self.entry_S] = new[:, :, 0]
-            seen.append(buffer[layer, : len(self.slot_S), :, : self.longest])
+            buffer[layer, self.slot_B, :, self.entry_S] = new[:, :, 0]
+            seen.append(buffer[layer, : len(self.slot_B), :, : self.longest])
         return seen[0], seen[1]

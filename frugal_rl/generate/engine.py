@@ -16,6 +16,10 @@ stop string or their length. Memory does not depend on how many requests there a
 Random numbers belong to the request, not to the slot: token t of a request uses uniform t of
 Philox(request.key), see sample.py. Slot count, order and looks change nothing but the order of sums.
 
+With an `eviction`, a slot has a fixed count of entries, whatever the length of its sequence: before it is
+full it is compressed (eviction.py), and so is a prompt of more entries than the budget. What happens to
+a sequence depends on its own length alone.
+
 Law: two log-probabilities travel with a token: of the distribution it was drawn from, and of
 softmax(logits / temperature). The learner's, on the same weights, agree with the second up to the order
 of sums, unless entries were evicted.
@@ -26,6 +30,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,7 +39,8 @@ from torch import Tensor
 from ..decoder import Decoder
 from ..errors import FrugalError, InputError
 from ..rollout import Request, Rollout
-from .cache import Decode, Extend, SlotCache
+from .cache import Decode, Extend, Prefill, SlotCache
+from .eviction import Eviction
 from .sample import Drawn, StopText, Truncation, draw
 
 LOOK_EVERY = {"cpu": 1, "cuda": 8}  # decode steps between two looks at which sequences have ended
@@ -51,7 +57,9 @@ class EngineStats:
     prompt_tokens: int = 0
     decoded_tokens: int = 0
     decode_steps: int = 0
+    evictions: int = 0  # times that a slot was compressed
     cache_bytes: int = 0
+    memory_bytes: int = 0  # what the eviction method remembers
 
 
 @dataclass
@@ -66,6 +74,7 @@ class Engine:
     stop_ids: frozenset[int]
     prefill_tokens: int
     stop_text: StopText | None = None
+    eviction: Eviction | None = None
     look_every: int | None = None
     stats: EngineStats = field(default_factory=EngineStats)
 
@@ -95,6 +104,7 @@ class Engine:
         with self.decoder.sampling():
             run = _Run(self, requests, max_tokens, temperature, truncation)
             self.stats.cache_bytes = run.cache.nbytes
+            self.stats.memory_bytes = run.memory.nbytes if run.memory else 0
             run.admit()
             while run.sequences:
                 for _ in range(run.steps()):
@@ -121,6 +131,7 @@ class _Sequence:
     prompt: Prompt
     prompt_entries: int  # in the cache, of the prompt
     held: int  # entries in the cache
+    whole: bool = True  # the cache still has the prompt's entries as they were when the response began
     drawn: int = 1  # tokens drawn so far; the last one is not in the cache yet
     read: int = 0  # tokens that the host has looked at for stop strings
 
@@ -155,10 +166,13 @@ class _Run:
             layers=len(self.decoder.layers),
             slots=slots,
             kv_heads=config.num_key_value_heads,
-            entries=longest,
+            entries=engine.eviction.entries if engine.eviction else longest,
             head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             dtype=self.decoder.dtype,
             device=device,
+        )
+        self.memory = (
+            engine.eviction.memory(self.cache, config.num_attention_heads) if engine.eviction else None
         )
         self.look_every = engine.look_every or LOOK_EVERY[device.type]
         self.seen_multiple = SEEN_MULTIPLE[device.type]
@@ -201,12 +215,13 @@ class _Run:
             slot = source if source is not None and source in places else places[0]
             places.remove(slot)
             if source is None:
+                self.begun.pop(index, None)
                 self._seat(slot, _Sequence(index, prompt, 0, 0))
                 groups.setdefault(prompt, []).append(slot)
                 continue
             entries = self.sequences[source].prompt_entries
             if slot != source:
-                self.cache.copy_(source, [slot], entries)
+                self.cache.copy_(source, [slot], entries)  # nothing is remembered where there is a source
             self._seat(slot, _Sequence(index, prompt, entries, entries))
             self._begin([slot], self.begun.pop(index))
         prompts = sorted(groups, key=len, reverse=True)
@@ -221,7 +236,8 @@ class _Run:
         self.ended = []
 
     def _has_prompt(self, slot: int) -> bool:
-        return True
+        """What is remembered of a prompt's queries changes with every token of the response."""
+        return self.memory is None and self.sequences[slot].whole
 
     def _seat(self, slot: int, sequence: _Sequence) -> None:
         """Give a slot to a sequence: the host's view of it, and its random numbers."""
@@ -229,6 +245,8 @@ class _Run:
             self.sequences.append(sequence)
         else:
             self.sequences[slot] = sequence
+        if self.memory is not None:
+            self.memory.clear_([slot])
         number_T = torch.from_numpy(self._uniforms(sequence.index, self.max_tokens))
         self.uniform_ST[slot, : self.max_tokens] = number_T
 
@@ -246,21 +264,26 @@ class _Run:
             return self._prefill_in_chunks(prompts[0], slot_of[prompts[0]])
         token_BT = torch.tensor([p + (0,) * (width - len(p)) for p in prompts], device=device)
         slots = list(slot_of.values())
-        hidden = self._layers(self.decoder.embed(token_BT), None, past_key_values=self.cache.prefill(slots))
-        end_B = torch.tensor([len(p) - 1 for p in prompts], device=device)
+        cache = self.cache.prefill(slots)
+        length_B = torch.tensor([len(p) for p in prompts], device=device)
+        seen = self._seen(cache, torch.zeros_like(length_B), length_B)
+        hidden = self._layers(self.decoder.embed(token_BT), None, **seen)
         for slot, prompt in zip(slots, prompts, strict=True):
             self.sequences[slot].held = len(prompt)
-        return self._logits(hidden[torch.arange(len(prompts), device=device), end_B])
+        return self._logits(hidden[torch.arange(len(prompts), device=device), length_B - 1])
 
     def _prefill_in_chunks(self, prompt: Prompt, slot: int) -> Tensor:
         device, sequence = self.decoder.device, self.sequences[slot]
         done = 0
         while done < len(prompt):
+            if sequence.held == self.cache.entries:
+                self._compress([slot])
             count = min(self.engine.prefill_tokens, self.cache.entries - sequence.held, len(prompt) - done)
             token_BT = torch.tensor([prompt[done : done + count]], device=device)
             position_BT = torch.arange(done, done + count, device=device)[None]
             cache = self.cache.extend(slot, sequence.held, count)
-            hidden = self._layers(self.decoder.embed(token_BT), position_BT, **self._seen(cache))
+            seen = self._seen(cache, position_BT[:, 0], position_BT[:, -1] + 1)
+            hidden = self._layers(self.decoder.embed(token_BT), position_BT, **seen)
             sequence.held += count
             done += count
         return self._logits(hidden[:, -1])
@@ -269,16 +292,23 @@ class _Run:
         """Copy these prompts to the other slots of their groups; draw every member's first token."""
         device = self.decoder.device
         slots, rows = [], []
+        eviction = self.engine.eviction
+        if eviction is not None:
+            sources = [groups[prompt][0] for prompt in prompts]
+            self._compress([s for s in sources if self.sequences[s].held > eviction.budget])
         for row, prompt in enumerate(prompts):
             source, others = groups[prompt][0], groups[prompt][1:]
             entries = self.sequences[source].held
-            self.cache.copy_(source, others, entries)
-            for slot in groups[prompt]:
-                self.sequences[slot].held = self.sequences[slot].prompt_entries = entries
+            self._copy(source, others)
+            for sequence in (self.sequences[slot] for slot in groups[prompt]):
+                sequence.held = sequence.prompt_entries = entries
+                sequence.whole = True
             slots += groups[prompt]
             rows += [row] * len(groups[prompt])
         uniform_S = self.uniform_ST[torch.tensor(slots, device=device), 0]
         self._begin(slots, self._draw(logit_BV[torch.tensor(rows, device=device)], uniform_S))
+        if self.memory is not None:
+            return  # those that wait will run their prompt again
         for row, prompt in enumerate(prompts):
             later = [i for i in self.waiting if self.requests[i].prompt_ids == prompt]
             for start in range(0, len(later), self.cache.slots):
@@ -286,6 +316,12 @@ class _Run:
                 number = np.concatenate([self._uniforms(i, 1) for i in part])
                 drawn = self._draw(logit_BV[row].expand(len(part), -1), torch.from_numpy(number).to(device))
                 self.begun |= {i: Drawn(*(x[k : k + 1] for x in drawn)) for k, i in enumerate(part)}
+
+    def _copy(self, source: int, slots: list[int]) -> None:
+        """Slots begin with the entries of another, and what is remembered of them."""
+        self.cache.copy_(source, slots, self.sequences[source].held)
+        if self.memory is not None:
+            self.memory.copy_(source, slots)
 
     def _begin(self, slots: list[int], drawn: Drawn) -> None:
         """Slots whose sequences have their prompts in the cache get their first tokens. In place."""
@@ -306,6 +342,9 @@ class _Run:
 
     def decode(self) -> None:
         """One token for every active slot. No sync."""
+        if self.engine.eviction is not None:
+            full = [i for i, s in enumerate(self.sequences) if s.held == self.cache.entries]
+            self._compress([i for i in full if self.sequences[i].drawn < self.max_tokens])
         longest = 1 + max(s.held for s in self.sequences)
         seen = -(-longest // self.seen_multiple) * self.seen_multiple
         self._step(len(self.sequences), min(seen, self.cache.entries))
@@ -314,22 +353,42 @@ class _Run:
             sequence.drawn += 1
         self.engine.stats.decode_steps += 1
 
-    def _step(self, active: int, seen: int) -> None:
-        """The device's part: its shapes depend on `active` slots and `seen` entries alone."""
+    def _compress(self, slots: list[int]) -> None:
+        """Reduce slots to the budget. No sync."""
+        eviction = self.engine.eviction
+        assert eviction is not None, "without eviction a slot is as large as its sequence"
+        if not slots:
+            return
+        lengths = [self.sequences[slot].held for slot in slots]
+        eviction.compress_(self.cache, self.memory, slots, lengths)
+        self.entry_S[torch.tensor(slots, device=self.decoder.device)] = eviction.budget
+        for slot in slots:
+            self.sequences[slot].held = eviction.budget
+            self.sequences[slot].whole = False
+        self.engine.stats.evictions += len(slots)
+
+    def _step(self, active: int, columns: int) -> None:
+        """The device's part: its shapes depend on `active` slots and `columns` entries alone."""
         slot_S = torch.arange(active, device=self.decoder.device)
         entry_S, position_S = self.entry_S[:active], self.position_S[:active]
         token_S = self.token_ST[slot_S, self.drawn_S[:active] - 1]
-        cache = self.cache.decode(entry_S.clone(), seen)
-        hidden = self._layers(self.decoder.embed(token_S[:, None]), position_S[:, None], **self._seen(cache))
+        cache = self.cache.decode(entry_S.clone(), columns)
+        seen = self._seen(cache, position_S, position_S + 1)
+        hidden = self._layers(self.decoder.embed(token_S[:, None]), position_S[:, None], **seen)
         # a sequence that has ended but was not looked at yet writes its last entry again and again
         entry_S.add_(1).clamp_(max=self.cache.entries - 1)
         position_S.add_(1).clamp_(max=self.last_position)
         uniform_S = self.uniform_ST[slot_S, self._place(slot_S)]
         self._note(slot_S, self._draw(self._logits(hidden[:, 0]), uniform_S))
 
-    def _seen(self, cache: Extend | Decode) -> dict[str, object]:
-        """What the layers are called with to attend to entries of the cache."""
-        return {"past_key_values": cache, "slot_mask": cache.mask}
+    def _seen(self, cache: Prefill | Extend | Decode, start_B: Tensor, end_B: Tensor) -> dict[str, object]:
+        """What the layers are called with to run positions [start, end) of each slot's sequence."""
+        seen: dict[str, object] = {"past_key_values": cache}
+        if not isinstance(cache, Prefill):
+            seen["slot_mask"] = cache.mask
+        if self.memory is not None:
+            seen["observe"] = partial(self.memory.observe, cache.slot_B, start_B, end_B)
+        return seen
 
     def _layers(self, hidden: Tensor, position_BT: Tensor | None, **extra: object) -> Tensor:
         arguments = self.decoder.arguments(hidden, position_BT)
@@ -416,7 +475,7 @@ class _Run:
         last = len(self.sequences) - 1
         if slot != last:
             moved = self.sequences[last]
-            self.cache.copy_(last, [slot], moved.held)
+            self._copy(last, [slot])
             for buffer in self.per_slot:
                 buffer[slot] = buffer[last]
             self.sequences[slot] = moved
