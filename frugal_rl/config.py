@@ -98,6 +98,19 @@ class Reward:
 
 
 @dataclass(frozen=True)
+class Compression:
+    """How a slot's KV cache is kept at `budget + buffer` entries."""
+
+    method: Literal["rkv", "snapkv", "h2o", "streaming"]
+    budget: int
+    buffer: int
+
+    @property
+    def entries(self) -> int:
+        return self.budget + self.buffer
+
+
+@dataclass(frozen=True)
 class Rollout:
     prompts: Count  # per step
     samples: Count  # responses to each prompt: the group
@@ -107,11 +120,21 @@ class Rollout:
     top_p: Share | None = None  # and among the likeliest that have this probability together
     min_p: Share | None = None  # and among those with this share of the likeliest one's probability
     stop: Text | Texts | None = None  # strings that end a response, besides the model's stop tokens
+    kv_budget: Count | None = None  # entries that stay when a slot's KV cache is full; absent: nothing leaves
+    kv_buffer: Count | None = None  # entries of a slot besides those; absent: 128
+    eviction: Literal["rkv", "snapkv", "h2o", "streaming", "none"] | None = None  # absent: rkv
     generator: Literal["engine"] = "engine"
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+
+    @property
+    def compression(self) -> Compression | None:
+        """None: the cache holds whole sequences."""
+        if self.kv_budget is None or self.eviction == "none":
+            return None
+        return Compression(self.eviction or "rkv", self.kv_budget, self.kv_buffer or KV_BUFFER)
 
 
 @dataclass(frozen=True)
@@ -167,8 +190,29 @@ class Recipe:
         return "\n".join(blocks)
 
 
+KV_BUFFER = 128  # entries: Sparse-RL compresses every 128 tokens
+# entries: with fewer, the window of last queries (8) or the first entries (4) leave nothing to choose
+LEAST_KV_BUDGET = {"rkv": 9, "snapkv": 9, "h2o": 2, "streaming": 5}
 UNGROUPED = frozenset({"reinforce++"})  # baseline over the batch: a group of one is enough
 UNCLIPPED = frozenset({"rloo"})  # no ratio to clip
+
+
+def check_compression(rollout: Rollout, where: str) -> None:
+    """Raises InputError where the keys of the KV cache contradict each other; `where` names their source."""
+    if rollout.kv_budget is None:
+        given = [k for k in ("kv_buffer", "eviction") if getattr(rollout, k) not in (None, "none")]
+        if given:
+            raise InputError(
+                f"{where}: [rollout] {' and '.join(given)} without kv_budget: nothing is evicted where every "
+                "entry stays; set rollout.kv_budget"
+            )
+    compression = rollout.compression
+    if compression is not None and compression.budget < LEAST_KV_BUDGET[compression.method]:
+        raise InputError(
+            f"{where}: [rollout] kv_budget = {compression.budget} with eviction = "
+            f"{_show(compression.method)}, which always keeps its window of last entries or its first ones; "
+            f"expected a kv_budget of at least {LEAST_KV_BUDGET[compression.method]}"
+        )
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -373,6 +417,8 @@ def _expected(hint: Any) -> str:
 
 
 def _words(hint: Any) -> Sequence[str]:
+    if get_origin(hint) in (Union, types.UnionType):
+        return [word for option in get_args(hint) for word in _words(option)]
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
@@ -431,6 +477,7 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
     for key in ("clip_low", "clip_high"):
         if loss.algorithm in UNCLIPPED and getattr(loss, key) is not None:
             raise InputError(f"{where}: [loss] {key} with {algorithm}, which clips nothing; leave {key} out")
+    check_compression(rollout, where)
     if recipe.train.patience is not None and recipe.train.eval_every is None:
         raise InputError(
             f"{where}: [train] patience without eval_every: there is no evaluation to be patient with; "

@@ -34,6 +34,8 @@ PATCH_BYTES = 10  # an entry of the patch: its position and the base's bits
 WAITING_BYTES = 8  # an entry that waits for the commit: its position and gradient
 HEAD_BYTES = 4 * (32 << 20)  # the head's blocks: rows, their gradient, logits and a copy (decoder.py)
 RESIDENT_BYTES = 64 << 20  # copies of all layers may stay while sampling, up to this (decoder.py)
+WINDOW_QUERIES = 8  # that rkv and snapkv remember of each slot (generate/eviction.py)
+EVICTION_BYTES = 4 * (16 << 20)  # its temporaries, each of at most a block (generate/eviction.py)
 # the most tokens that go through a layer together: on a GPU its products gain nothing beyond; on a CPU the
 # activations stay in the cache (the embedded model learns 1.6 times as fast as with 4096)
 MOST_MICRO_TOKENS = {"device": 8192, "host": 1024}
@@ -108,7 +110,7 @@ class Work:
     """What a step has to hold: rollouts, their longest lengths, and the formats it computes in.
 
     `storage_bytes`, `compute_bytes`: of an entry. `has_host`: the device has a host with memory of its
-    own, so that boundary states may go there.
+    own, so that boundary states may go there. `kv_entries`: of a slot, where `eviction` holds it to so many.
     """
 
     sequences: int
@@ -118,6 +120,8 @@ class Work:
     compute_bytes: int
     has_host: bool
     form: str = "bf16"
+    kv_entries: int | None = None
+    eviction: str | None = None
 
     @property
     def longest(self) -> int:
@@ -192,14 +196,17 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
     token = _activation_bytes(shape, compute)
     responses = work.sequences * work.response_tokens
     state = work.sequences * work.longest * shape.hidden * compute  # hidden states of the whole batch
-    entries = 2 * shape.layers * shape.kv_heads * shape.head_size * work.longest * compute
+    held = work.longest if work.kv_entries is None else work.kv_entries
+    entries = 2 * shape.layers * shape.kv_heads * shape.head_size * held * compute
+    remembered = _remembered_bytes(shape, work.eviction, held, compute)
     logits = 3 * FLOAT32_BYTES * shape.vocabulary  # logits, their softmax and its sum
-    slot = entries + logits
+    slot = entries + remembered + logits
     generating = {
         "weights": weights,
         "layer copies": (whole if whole <= RESIDENT_BYTES else layer) if copied else 0,
         "patch": changed * PATCH_BYTES,
         "prefill": work.longest * token,  # one prompt at a time at least
+        **({"eviction": EVICTION_BYTES} if work.eviction else {}),
     }
     learning = {
         "weights": weights,
@@ -217,6 +224,7 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
     least = fixed + smallest + (0 if work.has_host else states)
     on_host = work.has_host and fixed + states + smallest > budget_bytes
     fixed += 0 if on_host else states
+    least_bytes = max(sum(generating.values()) + slot, least)
     room = budget_bytes - sum(generating.values())
     slots = max(1, min(work.sequences, room // slot))
     most = MOST_MICRO_TOKENS["device" if work.has_host else "host"]
@@ -224,12 +232,14 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
     micro = max(work.longest, min(fitting, most, work.sequences * work.longest))
     host = {"boundary states": states if on_host else 0}
     host["weights"] = shape.parameters * work.storage_bytes if form.host else 0
+    if work.eviction:
+        generating["eviction"] += slots * remembered
     return Plan(
         slots=slots,
         micro_tokens=micro,
         boundary_on_host=on_host,
         budget_bytes=budget_bytes,
-        least_bytes=max(sum(generating.values()) + slot, least),
+        least_bytes=least_bytes,
         generating={**generating, "KV pool": slots * entries, "logits": slots * logits},
         learning={
             **learning,
@@ -268,6 +278,13 @@ def gib_up(count_bytes: int) -> float:
 def count(entries: int) -> str:
     """Parameters, short: 7.62 G or 0.8 M."""
     return f"{entries / 1e9:.2f} G" if entries >= 1e8 else f"{entries / 1e6:.1f} M"
+
+
+def _remembered_bytes(shape: Shape, eviction: str | None, entries: int, compute_bytes: int) -> int:
+    """What an eviction method remembers of a slot besides its entries."""
+    if eviction in ("rkv", "snapkv"):
+        return shape.layers * WINDOW_QUERIES * shape.heads * shape.head_size * compute_bytes
+    return shape.layers * shape.kv_heads * entries * FLOAT32_BYTES if eviction == "h2o" else 0
 
 
 def _activation_bytes(shape: Shape, compute_bytes: int) -> int:

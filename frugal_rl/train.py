@@ -26,6 +26,7 @@ from .decoder import check_supported, longest_sequence
 from .errors import FrugalError, InputError
 from .evaluate import Score, evaluate
 from .generate.engine import Engine, room_for
+from .generate.eviction import Eviction
 from .generate.sample import StopText, Truncation
 from .journal import Journal
 from .learn import Learner
@@ -129,13 +130,16 @@ def _check_room(files: ModelFiles, recipe: Recipe, longest_prompt: int) -> None:
 
 
 def _engine(policy: Policy, recipe: Recipe, divided: Plan) -> Engine:
-    strings = recipe.rollout.stop_strings
+    strings, compression = recipe.rollout.stop_strings, recipe.rollout.compression
     return Engine(
         policy.decoder,
         divided.slots,
         policy.stop_ids,
         divided.micro_tokens,
         stop_text=StopText(strings, policy.raw_text) if strings else None,
+        eviction=Eviction(compression.method, compression.budget, compression.buffer)
+        if compression
+        else None,
     )
 
 
@@ -161,6 +165,7 @@ def divide(
         budget -= taken_bytes
     quantised = recipe.model.weights == "int8"
     storage = files.storage_bytes()
+    compression = recipe.rollout.compression
     work = Work(
         sequences=recipe.rollout.prompts * recipe.rollout.samples,
         prompt_tokens=longest_prompt,
@@ -169,6 +174,8 @@ def divide(
         compute_bytes=4 if device.type != "cuda" else 2 if quantised else storage,
         has_host=device.type == "cuda",
         form=recipe.model.weights,
+        kv_entries=compression.entries if compression else None,
+        eviction=compression.method if compression else None,
     )
     return plan(Shape.from_config(files.config), work, budget)
 

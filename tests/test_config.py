@@ -238,7 +238,7 @@ def test_what_is_not_supported_is_refused_by_name_with_what_is(override, only):
     assert f'expected "{only}", the only one supported' in refusal(override)
 
 
-@pytest.mark.parametrize("key", ["rollout.kv_budget", "rollout.eviction", "loss.correction"])
+@pytest.mark.parametrize("key", ["loss.correction"])
 def test_a_key_that_would_do_nothing_does_not_exist(key):
     assert "has no key" in refusal(f"{key}=8")
 
@@ -420,3 +420,31 @@ def test_patience_needs_evaluations_to_be_patient_with():
     with pytest.raises(InputError, match=r"patience without eval_every"):
         read_recipe(SMALL, ["train.patience=3"])
     assert read_recipe(SMALL, ["train.patience=3", "train.eval_every=2"]).train.patience == 3
+
+
+def test_the_kv_cache_is_compressed_where_a_budget_is_given():
+    assert read_recipe(SMALL).rollout.compression is None
+    given = read_recipe(SMALL, ["rollout.kv_budget=64"]).rollout.compression
+    assert given == config.Compression("rkv", 64, 128)
+    assert given.entries == 192
+    rest = ["rollout.kv_buffer=7", "rollout.eviction=streaming"]
+    given = read_recipe(SMALL, ["rollout.kv_budget=5", *rest]).rollout.compression
+    assert given == config.Compression("streaming", 5, 7)
+    whole = read_recipe(SMALL, ["rollout.kv_budget=64", "rollout.eviction=none"]).rollout
+    assert whole.compression is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["rollout.kv_budget=8"], 'kv_budget = 8 with eviction = "rkv".*at least 9'),
+        (["rollout.kv_budget=4", "rollout.eviction=streaming"], "at least 5"),
+        (["rollout.kv_budget=1", "rollout.eviction=h2o"], "at least 2"),
+        (["rollout.eviction=h2o"], "eviction without kv_budget"),
+        (["rollout.kv_buffer=64"], "kv_buffer without kv_budget"),
+        (["rollout.eviction=snapkvv"], 'the nearest is "snapkv"'),
+    ],
+)
+def test_a_kv_cache_that_cannot_be_is_refused(overrides, expected):
+    with pytest.raises(InputError, match=expected):
+        read_recipe(SMALL, overrides)

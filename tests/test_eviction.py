@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from frugal_rl.config import LEAST_KV_BUDGET
 from frugal_rl.decoder import Decoder
 from frugal_rl.errors import InputError
 from frugal_rl.generate import eviction as module
@@ -27,6 +28,7 @@ from frugal_rl.generate.eviction import (
     LastQueries,
     kept_entries,
 )
+from frugal_rl.memory import EVICTION_BYTES, WINDOW_QUERIES, Shape, Work, lay_out
 from frugal_rl.rollout import Request, Rollout
 
 from .conftest import KINDS, VOCABULARY, make_config, make_decoder, make_model, weights_of
@@ -443,6 +445,50 @@ def test_a_budget_below_window_or_sinks_is_refused_with_the_least(method: Any, l
     _, decoder = make_decoder("qwen2")
     engine = Engine(decoder, 3, STOPS, 100, eviction=Eviction(method, least, 1))
     assert len(run(engine, make_requests([1, 9, 30]))) == 3
+
+
+def test_the_numbers_of_the_recipe_and_of_the_plan_are_those_of_the_methods() -> None:
+    assert {name: method.least_budget for name, method in METHODS.items()} == LEAST_KV_BUDGET
+    assert WINDOW == WINDOW_QUERIES
+    assert EVICTION_BYTES == 4 * module.EVICTION_BLOCK_BYTES
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plan_counts_the_pool_and_what_is_remembered(method: Any) -> None:
+    _, decoder = make_decoder("qwen2")
+    engine = Engine(decoder, 3, STOPS, 100, eviction=Eviction(method, 20, 10))
+    run(engine, make_requests([5, 40, 9, 7]), max_tokens=5)
+    work = Work(
+        sequences=3,
+        prompt_tokens=40,
+        response_tokens=5,
+        storage_bytes=4,
+        compute_bytes=4,
+        has_host=False,
+        kv_entries=30,
+        eviction=method,
+    )
+    parts = lay_out(Shape.from_config(decoder.config.to_dict()), work, 2**30).generating
+    assert parts["KV pool"] == engine.stats.cache_bytes
+    assert parts["eviction"] == engine.stats.memory_bytes + EVICTION_BYTES
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_temporaries_stay_within_the_plan(method: Any) -> None:
+    cache = SlotCache(
+        layers=1,
+        slots=24,
+        kv_heads=4,
+        entries=640,
+        head_size=128,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    cache.key_LSKCD.normal_()
+    eviction = Eviction(method, 512, 128)
+    memory = eviction.memory(cache, 28)
+    peak = peak_bytes(lambda: eviction.compress_(cache, memory, list(range(24)), [640] * 24))
+    assert peak < EVICTION_BYTES
 
 
 def test_a_buffer_of_nothing_is_refused() -> None:
