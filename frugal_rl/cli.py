@@ -19,7 +19,16 @@ from typing import Any
 import click
 
 from .cli_patch import patch, print_result
-from .config import Recipe, list_recipes, load_recipe, parse_bytes, read_recipe, toml_value
+from .config import (
+    LEAST_KV_BUDGET,
+    Recipe,
+    check_compression,
+    list_recipes,
+    load_recipe,
+    parse_bytes,
+    read_recipe,
+    toml_value,
+)
 from .console import Console, size
 from .errors import FrugalError, InputError
 
@@ -274,6 +283,7 @@ def plan_command(
     budget = parse_bytes(memory) if memory is not None else config.memory.budget_bytes
     if budget is None:
         budget = parse_bytes(PLAN_MEMORY) if on_gpu else planner.host_bytes() * 3 // 4
+    compression = config.rollout.compression
     work = planner.Work(
         sequences=prompts * samples,
         prompt_tokens=prompt_tokens or config.data.max_prompt_tokens,
@@ -281,6 +291,8 @@ def plan_command(
         storage_bytes=storage_bytes,
         compute_bytes=storage_bytes if on_gpu else planner.FLOAT32_BYTES,
         has_host=on_gpu,
+        kv_entries=compression.entries if compression else None,
+        eviction=compression.method if compression else None,
     )
     works = {name: replace(work, form=name) for name in planner.FORMS}
     plans = {form: planner.lay_out(shape, w, budget) for form, w in works.items()}
@@ -323,6 +335,9 @@ def plan_command(
 @click.option("--temperature", type=click.FloatRange(0), help="[0 for one answer, 1 for more]")
 @click.option("--pass-at", "ks", multiple=True, type=click.IntRange(1), help="pass@k; repeatable.")
 @click.option("--problems", type=click.IntRange(1), help="Only the first so many held-out problems.")
+@click.option("--kv-budget", type=click.IntRange(1), help="Entries that stay of a full KV cache.")
+@click.option("--kv-buffer", type=click.IntRange(1), help="Entries besides, until it is full [128].")
+@click.option("--eviction", type=click.Choice([*LEAST_KV_BUDGET, "none"]), help="Which ones stay [rkv].")
 @click.option("--show", type=click.IntRange(0), default=0, help="Print so many answers.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate_command(
@@ -336,12 +351,16 @@ def evaluate_command(
     temperature: float | None,
     ks: tuple[int, ...],
     problems: int | None,
+    kv_budget: int | None,
+    kv_buffer: int | None,
+    eviction: str | None,
     show: int,
     as_json: bool,
 ) -> None:
     """Accuracy or pass@k on the held-out problems, of a base with or without a patch.
 
-    A patch brings the recipe it was trained with; --recipe replaces it.
+    A patch brings the recipe it was trained with; --recipe replaces it. The KV cache is compressed as the
+    recipe says: --kv-budget, --kv-buffer and --eviction replace that; --eviction none keeps every entry.
     """
     from . import train as loop
     from .evaluate import evaluate
@@ -356,6 +375,7 @@ def evaluate_command(
         config = read_recipe(loaded.meta["recipe"], ["model.weights=bf16", *changes], where=str(patch))
     else:
         config = load_recipe(recipe or DEFAULT_RECIPE, changes)
+    config = _with_cache(config, kv_budget=kv_budget, kv_buffer=kv_buffer, eviction=eviction)
     report = loop.Reporter(lambda text: click.echo(text, err=True), lambda row: None)
     with loop.open_session(config, report, training=False) as session:
         if loaded is not None:
@@ -368,9 +388,11 @@ def evaluate_command(
             max_tokens=config.rollout.max_tokens,
             samples=samples,
             temperature=temperature if temperature is not None else float(samples > 1),
+            truncation=loop.truncation_of(config),
             ks=ks,
             seed=config.train.seed,
         )
+    compression = config.rollout.compression
     for answer in result.answers[:show]:
         verdict = f"[{answer.judgement.verdict.value}; answer: {answer.problem.answer}]"
         click.echo(f"{answer.problem.prompt}{answer.response}\n{verdict}\n", err=True)
@@ -383,6 +405,7 @@ def evaluate_command(
         "verdicts": result.verdicts,
         "response_tokens": result.response_tokens,
         "truncated": result.truncated,
+        "kv_cache": asdict(compression) if compression else None,
     }
 
     def text() -> str:
@@ -390,9 +413,22 @@ def evaluate_command(
         lines += [f"pass@{k:<6} {score}" for k, score in result.passes.items()]
         verdicts = ", ".join(f"{name} {count}" for name, count in sorted(result.verdicts.items()))
         length = f"{result.response_tokens:.1f} tokens, {result.truncated:.1%} truncated"
-        return "\n".join([*lines, f"verdicts   {verdicts}", f"responses  {length}"])
+        lines += [f"verdicts   {verdicts}", f"responses  {length}"]
+        if compression:
+            lines.append(
+                f"KV cache   {compression.method}, {compression.budget} + {compression.buffer} entries"
+            )
+        return "\n".join(lines)
 
     print_result(value, as_json, text)
+
+
+def _with_cache(config: Recipe, **given: Any) -> Recipe:
+    """The recipe with another KV cache. A policy may be measured under one it could not be trained with."""
+    changed = {key: value for key, value in given.items() if value is not None}
+    rollout = replace(config.rollout, **changed)
+    check_compression(rollout, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in changed.items()))
+    return replace(config, rollout=rollout)
 
 
 # --- recipes, doctor

@@ -62,6 +62,7 @@ Seed = Annotated[int, Range(at_least=0, at_most=2**63 - 1)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(at_least=0)]
 Share = Annotated[float, Range(above=0, at_most=1)]
+Texts = tuple[Text, ...]  # a list in TOML
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,43 @@ class Reward:
 
 
 @dataclass(frozen=True)
+class Compression:
+    """How a slot's KV cache is kept at `budget + buffer` entries."""
+
+    method: Literal["rkv", "snapkv", "h2o", "streaming"]
+    budget: int
+    buffer: int
+
+    @property
+    def entries(self) -> int:
+        return self.budget + self.buffer
+
+
+@dataclass(frozen=True)
 class Rollout:
     prompts: Count  # per step
     samples: Count  # responses to each prompt: the group
     max_tokens: Count  # of a response
     temperature: Positive = 1.0
+    top_k: Count | None = None  # draw among the k likeliest tokens; absent: among all
+    top_p: Share | None = None  # and among the likeliest that have this probability together
+    min_p: Share | None = None  # and among those with this share of the likeliest one's probability
+    stop: Text | Texts | None = None  # strings that end a response, besides the model's stop tokens
+    kv_budget: Count | None = None  # entries that stay when a slot's KV cache is full; absent: nothing leaves
+    kv_buffer: Count | None = None  # entries of a slot besides those; absent: 128
+    eviction: Literal["rkv", "snapkv", "h2o", "streaming", "none"] | None = None  # absent: rkv
     generator: Literal["engine"] = "engine"
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+
+    @property
+    def compression(self) -> Compression | None:
+        """None: the cache holds whole sequences."""
+        if self.kv_budget is None or self.eviction == "none":
+            return None
+        return Compression(self.eviction or "rkv", self.kv_budget, self.kv_buffer or KV_BUFFER)
 
 
 @dataclass(frozen=True)
@@ -178,8 +210,8 @@ class Recipe:
 
 def whole_tokens(recipe: Recipe) -> int | None:
     """Tokens of context up to which the sampler sees all of it, as the learner does; None: however many."""
-    budget: int | None = getattr(recipe.rollout, "kv_budget", None)
-    return budget
+    compression = recipe.rollout.compression
+    return compression.budget if compression else None
 
 
 def sampler_is_learner(recipe: Recipe) -> bool:
@@ -199,8 +231,29 @@ def correction_name(recipe: Recipe) -> str:
     return "sparse-rl" if whole_tokens(recipe) is not None else "tis"
 
 
+KV_BUFFER = 128  # entries: Sparse-RL compresses every 128 tokens
+# entries: with fewer, the window of last queries (8) or the first entries (4) leave nothing to choose
+LEAST_KV_BUDGET = {"rkv": 9, "snapkv": 9, "h2o": 2, "streaming": 5}
 UNGROUPED = frozenset({"reinforce++"})  # baseline over the batch: a group of one is enough
 UNCLIPPED = frozenset({"rloo"})  # no ratio to clip
+
+
+def check_compression(rollout: Rollout, where: str) -> None:
+    """Raises InputError where the keys of the KV cache contradict each other; `where` names their source."""
+    if rollout.kv_budget is None:
+        given = [k for k in ("kv_buffer", "eviction") if getattr(rollout, k) not in (None, "none")]
+        if given:
+            raise InputError(
+                f"{where}: [rollout] {' and '.join(given)} without kv_budget: nothing is evicted where every "
+                "entry stays; set rollout.kv_budget"
+            )
+    compression = rollout.compression
+    if compression is not None and compression.budget < LEAST_KV_BUDGET[compression.method]:
+        raise InputError(
+            f"{where}: [rollout] kv_budget = {compression.budget} with eviction = "
+            f"{_show(compression.method)}, which always keeps its window of last entries or its first ones; "
+            f"expected a kv_budget of at least {LEAST_KV_BUDGET[compression.method]}"
+        )
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -279,8 +332,10 @@ def parse_bytes(text: str) -> int:
     return size_bytes
 
 
-def toml_value(value: str | float) -> str:
-    """A text, number or boolean as TOML, so that `f"model.name={toml_value(name)}"` is a safe override."""
+def toml_value(value: str | float | tuple[str, ...]) -> str:
+    """A text, number, boolean or list as TOML: so `f"model.name={toml_value(name)}"` is a safe override."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -375,6 +430,9 @@ def _fit(value: Any, hint: Any) -> Any:
     elif origin is Literal:
         if isinstance(value, str) and value in arguments:
             return value
+    elif origin is tuple:
+        if isinstance(value, list) and value:
+            return tuple(_fit(item, arguments[0]) for item in value)
     elif hint is float and type(value) in (int, float) and abs(value) < math.inf:
         try:
             return float(value)
@@ -393,6 +451,8 @@ def _expected(hint: Any) -> str:
     if origin is Annotated:
         base, limits = arguments
         return "a text that is not empty" if base is str else f"{_expected(base)} {limits}"
+    if origin is tuple:
+        return f"a list of such, each {_expected(arguments[0])}"
     if origin is Literal:
         words = ", ".join(json.dumps(word) for word in arguments)
         return f"one of {words}" if len(arguments) > 1 else f"{words}, the only one supported"
@@ -401,6 +461,8 @@ def _expected(hint: Any) -> str:
 
 
 def _words(hint: Any) -> Sequence[str]:
+    if get_origin(hint) in (Union, types.UnionType):
+        return [word for option in get_args(hint) for word in _words(option)]
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
@@ -482,6 +544,7 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
             f"{where}: [learner] minibatches = {recipe.learner.minibatches} with [rollout] prompts = "
             f"{rollout.prompts}: a minibatch is whole groups; expected at most one for each prompt"
         )
+    check_compression(rollout, where)
     if recipe.train.patience is not None and recipe.train.eval_every is None:
         raise InputError(
             f"{where}: [train] patience without eval_every: there is no evaluation to be patient with; "

@@ -34,6 +34,9 @@ from .errors import InputError
 from .shapes import SUPPORTED
 from .weights import Weights
 
+# (layer, query [B, H, T, D], key [B, K, C, D], slot_mask as in `attention`, scaling)
+Observe = Callable[[int, Tensor, Tensor, Tensor | None, float], None]
+
 ATTENTION = "frugal_rl"
 HEAD_BLOCK_BYTES = 32 << 20  # one block of the head's rows, and one block of logits, in the compute format
 RESIDENT_BYTES = 64 << 20  # copies of all layers in the compute format may stay while sampling, up to this
@@ -48,20 +51,28 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     slot_mask: Tensor | None = None,
+    observe: Observe | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention over a right-padded batch, or one query a slot over that slot's cache entries.
+    """Causal attention over a right-padded batch, or queries over the entries of their slots' caches.
 
-    Shapes: query [B, H, T, D], key and value [B, K, C, D]; `slot_mask` bool [B, 1, 1, C], True where
-    an entry is live (then T is 1). Heads share keys by groups of H / K. Returns [B, T, H, D].
+    Shapes: query [B, H, T, D], key and value [B, K, C, D]; `slot_mask` bool [B, 1, T, C], True where
+    a query sees an entry. Heads share keys by groups of H / K. Returns [B, T, H, D]. `observe` is shown
+    what attends to what before it does; it changes nothing here.
     """
+    if observe is not None:
+        assert scaling is not None, "every supported model says how it scales"
+        observe(module.layer_idx, query, key, slot_mask, scaling)  # type: ignore[arg-type]
     group = query.shape[1] // key.shape[1]
     if slot_mask is None:
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=group > 1
         )
         return out.transpose(1, 2), None
-    grouped = query.view(query.shape[0], key.shape[1], group, query.shape[3])
+    # the queries that share keys stand beside each other, [B, K, G T, D]: no key is repeated
+    grouped = query.reshape(query.shape[0], key.shape[1], group * query.shape[2], query.shape[3])
+    if query.shape[2] > 1:
+        slot_mask = slot_mask.repeat(1, 1, group, 1)
     out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=slot_mask, scale=scaling)
     return out.reshape(query.shape).transpose(1, 2), None
 
@@ -108,7 +119,7 @@ class Decoder:
         weights.stream_by([[t.name for t in targets] for targets in self.targets])
         self._scratch: dict[str, Tensor] = {}
         self._resident: list[list[nn.Parameter]] | None = None
-        self.max_tokens = _longest(config)
+        self.max_tokens = longest_sequence(config)
 
     def _check_names(self) -> None:
         expected = {t.name for targets in self.targets for t in targets}
@@ -345,7 +356,7 @@ def _targets(layer: nn.Module, prefix: str) -> list[Target]:
     ]
 
 
-def _longest(config: Any) -> int:
+def longest_sequence(config: Any) -> int:
     """Longest sequence the model can see whole: its positions, or a sliding window that is in use."""
     limit = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .generate.engine import Engine
+from .generate.sample import Truncation
 from .policy import Policy
 from .problems import Problem
 from .reward import Judgement, Verdict, Verifier
@@ -70,6 +71,7 @@ def evaluate(
     max_tokens: int,
     samples: int = 1,
     temperature: float = 0.0,
+    truncation: Truncation = Truncation(),  # noqa: B008 (frozen)
     ks: Sequence[int] = (),
     seed: int = 0,
 ) -> Evaluation:
@@ -80,7 +82,7 @@ def evaluate(
         for sample in range(samples)
     ]
     rollouts: dict[int, Rollout] = dict(
-        engine.generate(requests, max_tokens=max_tokens, temperature=temperature)
+        engine.generate(requests, max_tokens=max_tokens, temperature=temperature, truncation=truncation)
     )
     ordered = [rollouts[i] for i in range(len(requests))]
     texts = [policy.text(r.response_ids) for r in ordered]

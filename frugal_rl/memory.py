@@ -35,6 +35,8 @@ WAITING_BYTES = 10  # an entry that waits for the commit: its position, gradient
 PAGE_LOCKED_FACTOR = 2  # torch rounds page-locked blocks up to powers of two: less than twice the bytes
 HEAD_BYTES = 4 * (32 << 20)  # the head's blocks: rows, their gradient, logits and a copy (decoder.py)
 RESIDENT_BYTES = 64 << 20  # copies of all layers may stay while sampling, up to this (decoder.py)
+WINDOW_QUERIES = 8  # that rkv and snapkv remember of each slot (generate/eviction.py)
+EVICTION_BYTES = 4 * (16 << 20)  # its temporaries, each of at most a block (generate/eviction.py)
 # the most tokens that go through a layer together: on a GPU its products gain nothing beyond; on a CPU the
 # activations stay in the cache (the embedded model learns 1.6 times as fast as with 4096)
 MOST_MICRO_TOKENS = {"device": 8192, "host": 1024}
@@ -111,7 +113,8 @@ class Work:
 
     `storage_bytes`, `compute_bytes`: of an entry. `has_host`: the device has a host with memory of its
     own, so that boundary states may go there; `host_room_bytes` of it may be used (None: not known).
-    `reference`: another model that scores the rollouts, streamed from the host.
+    `reference`: another model that scores the rollouts, streamed from the host. `kv_entries`: of a slot,
+    where `eviction` holds it to so many.
 
     What is streamed comes from the system's page cache, which is not counted where it has no memory apart.
     """
@@ -125,6 +128,8 @@ class Work:
     form: str = "bf16"
     host_room_bytes: int | None = None
     reference: Shape | None = None
+    kv_entries: int | None = None
+    eviction: str | None = None
 
     @property
     def longest(self) -> int:
@@ -200,14 +205,17 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
     whole = shape.layers * layer
     token = _activation_bytes(shape, compute)
     responses = work.sequences * work.response_tokens
-    entries = 2 * shape.layers * shape.kv_heads * shape.head_size * work.longest * compute
+    held = work.longest if work.kv_entries is None else work.kv_entries
+    entries = 2 * shape.layers * shape.kv_heads * shape.head_size * held * compute
+    remembered = _remembered_bytes(shape, work.eviction, held, compute)
     logits = 3 * FLOAT32_BYTES * shape.vocabulary  # logits, their softmax and its sum
-    slot = entries + logits
+    slot = entries + remembered + logits
     generating = {
         "weights": weights,
         "layer copies": (whole if whole <= RESIDENT_BYTES else layer) if copied else 0,
         "patch": changed * form.patch_bytes,
         "prefill": work.longest * token,  # one prompt at a time at least
+        **({"eviction": EVICTION_BYTES} if work.eviction else {}),
     }
     learning = {
         "weights": weights,
@@ -230,18 +238,21 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
     ways = _boundary_states(shape, work, weights_on_host + reference_on_host)
     least_way = min(ways, key=lambda way: way.device_bytes)
     kept = next((way for way in ways if smallest + way.device_bytes <= budget_bytes), least_way)
+    least_bytes = max(sum(generating.values()) + slot, smallest + least_way.device_bytes)
     room = budget_bytes - sum(generating.values())
     slots = max(1, min(work.sequences, room // slot))
     most = MOST_MICRO_TOKENS["device" if work.has_host else "host"]
     fitting = (budget_bytes - fixed - kept.device_bytes) // token
     micro = max(work.longest, min(fitting, most, work.sequences * work.longest))
+    if work.eviction:
+        generating["eviction"] += slots * remembered
     return Plan(
         slots=slots,
         micro_tokens=micro,
         boundary_on_host=kept.on_host,
         boundary_every=kept.every,
         budget_bytes=budget_bytes,
-        least_bytes=max(sum(generating.values()) + slot, smallest + least_way.device_bytes),
+        least_bytes=least_bytes,
         generating={**generating, "KV pool": slots * entries, "logits": slots * logits},
         learning={
             **learning,
@@ -331,6 +342,13 @@ def gib_up(count_bytes: int) -> float:
 def count(entries: int) -> str:
     """Parameters, short: 7.62 G or 0.8 M."""
     return f"{entries / 1e9:.2f} G" if entries >= 1e8 else f"{entries / 1e6:.1f} M"
+
+
+def _remembered_bytes(shape: Shape, eviction: str | None, entries: int, compute_bytes: int) -> int:
+    """What an eviction method remembers of a slot besides its entries."""
+    if eviction in ("rkv", "snapkv"):
+        return shape.layers * WINDOW_QUERIES * shape.heads * shape.head_size * compute_bytes
+    return shape.layers * shape.kv_heads * entries * FLOAT32_BYTES if eviction == "h2o" else 0
 
 
 def _activation_bytes(shape: Shape, compute_bytes: int) -> int:

@@ -20,14 +20,17 @@ class Request:
 class Rollout:
     """One answer as sampled.
 
-    `response_ids` ends in the stop token unless `truncated`. `logprob_T` is each token's log-probability
-    (nats) under the distribution it was drawn from, one a response token.
+    `response_ids` ends in the stop token, or in the token that completes a stop string, unless `truncated`.
+    `logprob_T` is each response token's log-probability (nats) under the distribution it was drawn from;
+    `policy_logprob_T` that under softmax(logits / temperature) of the same logits, whatever top-k, top-p or
+    min-p left of it: this one is compared with the learner's. The two are equal without truncation.
     """
 
     prompt_ids: tuple[int, ...]
     response_ids: np.ndarray
     logprob_T: np.ndarray
     truncated: bool
+    policy_logprob_T: np.ndarray
 
     @property
     def tokens(self) -> int:

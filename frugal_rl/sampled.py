@@ -121,7 +121,7 @@ def _padded(rollouts: Sequence[Rollout], whole: int | None) -> tuple[Tensor, Ten
     for i, rollout in enumerate(rollouts):
         length = len(rollout.response_ids)
         mask_AT[i, :length] = True
-        sampler_AT[i, :length] = torch.from_numpy(rollout.logprob_T)
+        sampler_AT[i, :length] = torch.from_numpy(rollout.policy_logprob_T)
         # token t is drawn from the prompt and the t tokens before it
         fits = length if whole is None else whole - len(rollout.prompt_ids) + 1
         whole_AT[i, : min(length, max(0, fits))] = True

@@ -22,14 +22,17 @@ import numpy as np
 import torch
 
 from .config import Recipe
+from .decoder import check_supported, longest_sequence
 from .errors import FrugalError, InputError
 from .evaluate import Score, evaluate
-from .generate.engine import Engine
+from .generate.engine import Engine, room_for
+from .generate.eviction import Eviction
+from .generate.sample import StopText, Truncation
 from .journal import Journal
 from .learn import Learner
 from .loss import ALGORITHMS, overlong_penalty
 from .memory import Plan, Shape, Work, host_bytes, peak_resident_bytes, plan, return_large_blocks
-from .models import ModelFiles, find_model, load_tokenizer
+from .models import ModelFiles, find_model, load_config, load_tokenizer
 from .patch import Patch
 from .policy import Policy, best_device, load_policy, load_reference
 from .problems import Problem, ProblemSet, draw, load_problems
@@ -83,8 +86,8 @@ def open_session(
         report.say(note)
     if not training:
         problems = replace(problems, train=[])
-    rollout = recipe.rollout
     longest_prompt = _longest_prompt(problems)
+    _check_room(files, recipe, longest_prompt)
     other = recipe.model.reference
     reference = None if other == "base" else find_model(other)
     divided = divide(files, recipe, longest_prompt, device, reference=reference)
@@ -96,25 +99,18 @@ def open_session(
     ) as verifier:
         problems = _drop_bad_golds(problems, verifier, report)
         policy = load_policy(files, tokenizer, device, form=recipe.model.weights)
-        limit = policy.decoder.max_tokens
-        if longest_prompt + rollout.max_tokens > limit:
-            raise InputError(
-                f"a prompt of {longest_prompt} tokens and rollout.max_tokens = {rollout.max_tokens} exceed "
-                f"the {limit} tokens that {files.name} sees whole: lower rollout.max_tokens or "
-                "data.max_prompt_tokens"
-            )
         yield Session(
             recipe=recipe,
             files=files,
             plan=divided,
             problems=problems,
             policy=policy,
-            engine=Engine(policy.decoder, divided.slots, policy.stop_ids, divided.micro_tokens),
+            engine=_engine(policy, recipe, divided),
             learner=Learner(
                 policy.decoder,
                 lr=recipe.learner.lr,
                 clip=recipe.learner.clip,
-                temperature=rollout.temperature,
+                temperature=recipe.rollout.temperature,
                 micro_tokens=divided.micro_tokens,
                 boundary_every=divided.boundary_every,
                 boundary_on_host=divided.boundary_on_host,
@@ -134,6 +130,39 @@ def _reference(files: ModelFiles, recipe: Recipe, policy: Policy, divided: Plan)
         micro_tokens=divided.micro_tokens,
         boundary_on_host=divided.boundary_on_host,
     )
+
+
+def _check_room(files: ModelFiles, recipe: Recipe, longest_prompt: int) -> None:
+    """Raises InputError, before the weights are read, where a prompt leaves no room for the response."""
+    config, most = load_config(files), recipe.rollout.max_tokens
+    check_supported(config)
+    limit = longest_sequence(config)
+    if longest_prompt + most > limit:
+        raise InputError(
+            f"a prompt of {longest_prompt} tokens and rollout.max_tokens = {most} exceed the {limit} tokens "
+            f"that {files.name} sees whole: {room_for(longest_prompt, most, limit)} (rollout.max_tokens, "
+            "data.max_prompt_tokens)"
+        )
+
+
+def _engine(policy: Policy, recipe: Recipe, divided: Plan) -> Engine:
+    strings, compression = recipe.rollout.stop_strings, recipe.rollout.compression
+    return Engine(
+        policy.decoder,
+        divided.slots,
+        policy.stop_ids,
+        divided.micro_tokens,
+        stop_text=StopText(strings, policy.raw_text) if strings else None,
+        eviction=Eviction(compression.method, compression.budget, compression.buffer)
+        if compression
+        else None,
+    )
+
+
+def truncation_of(recipe: Recipe) -> Truncation:
+    """Which tokens a recipe's rollouts are drawn from."""
+    rollout = recipe.rollout
+    return Truncation(top_k=rollout.top_k, top_p=rollout.top_p, min_p=rollout.min_p)
 
 
 def _longest_prompt(problems: ProblemSet) -> int:
@@ -158,6 +187,7 @@ def divide(
         budget -= taken_bytes
     quantised = recipe.model.weights == "int8"
     storage = files.storage_bytes()
+    compression = recipe.rollout.compression
     work = Work(
         sequences=recipe.rollout.prompts * recipe.rollout.samples,
         prompt_tokens=longest_prompt,
@@ -168,6 +198,8 @@ def divide(
         form=recipe.model.weights,
         host_room_bytes=host_bytes() * 3 // 4,
         reference=None if reference is None else Shape.from_config(reference.config),
+        kv_entries=compression.entries if compression else None,
+        eviction=compression.method if compression else None,
     )
     return plan(Shape.from_config(files.config), work, budget)
 
@@ -341,7 +373,10 @@ def _generate(session: Session, problems: Sequence[Problem], drawn: int, clock: 
     futures = {}
     with clock("generate"):
         stream = session.engine.generate(
-            requests, max_tokens=recipe.rollout.max_tokens, temperature=recipe.rollout.temperature
+            requests,
+            max_tokens=recipe.rollout.max_tokens,
+            temperature=recipe.rollout.temperature,
+            truncation=truncation_of(recipe),
         )
         with closing(stream):  # type: ignore[type-var]
             for index, rollout in stream:
@@ -461,8 +496,7 @@ def _exported(session: Session, patch: Patch, report: Reporter) -> Score | None:
         return None
     policy = load_policy(session.files, policy.tokenizer, device)
     policy.weights.write_patch_(patch)
-    engine = Engine(policy.decoder, divided.slots, policy.stop_ids, divided.micro_tokens)
-    return _heldout(replace(session, policy=policy, engine=engine))
+    return _heldout(replace(session, policy=policy, engine=_engine(policy, recipe, divided)))
 
 
 def resume(session: Session, journal: Journal, report: Reporter) -> None:

@@ -107,6 +107,7 @@ def preflight(
                 response_ids=rng.integers(0, vocabulary, response_tokens),
                 logprob_T=np.zeros(response_tokens, np.float32),
                 truncated=True,
+                policy_logprob_T=np.zeros(response_tokens, np.float32),
             )
             for _ in range(count)
         ]

@@ -80,7 +80,8 @@ def make_rollouts(count: int, seed: int = 0, *, longest: int = 20) -> list[Rollo
     for _ in range(count):
         prompt = tuple(rng.integers(6, VOCABULARY, rng.integers(2, 9)).tolist())
         response = rng.integers(6, VOCABULARY, rng.integers(1, longest + 1))
-        rollouts.append(Rollout(prompt, response, np.zeros(len(response), np.float32), False))
+        nothing = np.zeros(len(response), np.float32)
+        rollouts.append(Rollout(prompt, response, nothing, False, nothing))
     return rollouts
 
 

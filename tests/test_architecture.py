@@ -21,7 +21,7 @@ LEVELS = [
     ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes"],
     ["doctor", "stream", "storage", "weights"],
     ["decoder"],
-    ["policy", "learn", "generate.cache", "generate.engine"],
+    ["policy", "learn", "generate.cache", "generate.eviction", "generate.sample", "generate.engine"],
     ["sampled", "update", "evaluate", "journal"],
     ["train"],
     ["cli_patch", "cli"],

@@ -199,6 +199,7 @@ def test_json_prints_one_object_and_nothing_else(trained: Path, tmp_path: Path) 
         ["train", "-o", "run", "--json", *SMALL],
         ["eval", "--problems", "8", "--json"],
         ["eval", "--problems", "8", "--samples", "4", "--pass-at", "1", "--pass-at", "4", "--json"],
+        ["eval", "--problems", "8", "--kv-budget", "20", "--kv-buffer", "4", "--json"],
         ["doctor", "--json"],
         ["plan", "--json"],
         ["recipes", "--json"],
@@ -241,12 +242,14 @@ BAD = {
     "an unsupported architecture": (["train", "--model", "gpt2"], "'gpt2' is not supported"),
     "a missing patch": (["eval", "--patch", "missing.safetensors"], "missing.safetensors"),
     "pass@k without samples": (["eval", "--pass-at", "4"], "--samples"),
+    "eviction without a budget": (["eval", "--eviction", "h2o"], "eviction without kv_budget"),
+    "a budget below the window": (["eval", "--kv-budget", "8"], "at least 9"),
     "no place for the result": (["patch", "apply", "tiny", "x"], "--in-place"),
     "no run to resume": (["train", "--resume", "nowhere"], "nowhere"),
     "a plan for an unknown model": (["plan", "no-such-model"], "no-such-model"),
     "a budget that nothing fits": (["train", "--set", "memory.budget=1MiB"], "GiB"),
     "a budget in GB": (["train", "--set", "memory.budget=24GB"], "24GiB"),
-    "a response that cannot fit": (["train", "--set", "rollout.max_tokens=100000"], "max_tokens"),
+    "a response that cannot fit": (["train", "--set", "rollout.max_tokens=100000"], "max_tokens of at most"),
 }
 
 

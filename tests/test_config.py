@@ -85,6 +85,10 @@ def test_a_recipe_has_the_documented_defaults():
         ("train.eval_every=10", "train", "eval_every", 10),
         ("loss.correction=icepop", "loss", "correction", "icepop"),
         ("loss.max_gap=1", "loss", "max_gap", 1.0),
+        ("rollout.top_k=40", "rollout", "top_k", 40),
+        ("rollout.top_p=1", "rollout", "top_p", 1.0),
+        ("rollout.stop=</answer>", "rollout", "stop", "</answer>"),
+        ('rollout.stop=["</answer>", "Q:"]', "rollout", "stop", ("</answer>", "Q:")),
     ],
 )
 def test_an_override_is_toml_or_else_a_bare_text(override, section, key, value):
@@ -111,6 +115,7 @@ def test_the_text_of_a_recipe_reads_back_as_the_same_recipe():
     full = dataclasses.replace(
         recipe,
         data=dataclasses.replace(recipe.data, system=HOSTILE, suffix=HOSTILE, answer_after="####"),
+        rollout=dataclasses.replace(recipe.rollout, top_k=3, min_p=0.1, stop=("a", HOSTILE)),
         loss=config.Loss(
             "dapo", kl=1e-17, clip_low=0.1, clip_high=3e22, correction="off", uncorrected=True, max_gap=0.1
         ),
@@ -162,7 +167,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_name_and_the_known_ones():
     message = refusal(text=SMALL.replace("max_tokens", "max_token"))
     assert message.startswith('mine.toml: [rollout] has no key "max_token"')
     assert 'the nearest is "max_tokens"' in message
-    assert "prompts, samples, max_tokens, temperature, generator" in message
+    assert "prompts, samples, max_tokens, temperature, top_k" in message
 
 
 def test_a_key_in_the_wrong_section_is_refused_with_the_right_one():
@@ -206,6 +211,9 @@ def test_a_value_where_a_section_belongs_is_refused():
         ("train.seed=-1", "-1", "an integer at least 0"),
         ("train.seed=9223372036854775808", "9223372036854775808", "at most 9223372036854775807"),
         ("train.eval_every=0", "0", "an integer at least 1"),
+        ("rollout.min_p=0", "0", "a finite number above 0 and at most 1"),
+        ("rollout.stop=[]", "[]", "a text that is not empty or a list of such"),
+        ('rollout.stop=["a", ""]', "['a', '']", "a text that is not empty or a list of such"),
         ("model.name=", '""', "a text that is not empty"),
         ("model.name=7", "7", "a text that is not empty"),
         ("data.suffix=7", "7", "a text"),
@@ -236,11 +244,6 @@ def test_a_wrong_value_is_refused_with_what_was_got_and_what_was_expected(overri
 )
 def test_what_is_not_supported_is_refused_by_name_with_what_is(override, only):
     assert f'expected "{only}", the only one supported' in refusal(override)
-
-
-@pytest.mark.parametrize("key", ["rollout.kv_budget", "rollout.eviction"])
-def test_a_key_that_would_do_nothing_does_not_exist(key):
-    assert "has no key" in refusal(f"{key}=8")
 
 
 @pytest.mark.parametrize("override", ["", "=", "lr", "learner.lr", "learner=0.1", ".lr=1", "a.=1"])
@@ -276,16 +279,8 @@ def test_a_clip_is_refused_where_nothing_is_clipped(key):
     assert getattr(read_recipe(SMALL, [f"loss.{key}=0.2"]).loss, key) == 0.2
 
 
-@dataclasses.dataclass(frozen=True)
-class Compressed(config.Rollout):
-    """A rollout section with an eviction budget."""
-
-    kv_budget: int | None = 48
-
-
 def compressed(*overrides):
-    recipe = read_recipe(SMALL, overrides)
-    return dataclasses.replace(recipe, rollout=Compressed(**dataclasses.asdict(recipe.rollout)))
+    return read_recipe(SMALL, ["rollout.kv_budget=48", *overrides])
 
 
 def test_the_correction_is_on_by_default_where_the_sampler_is_not_the_learner():
@@ -295,18 +290,20 @@ def test_the_correction_is_on_by_default_where_the_sampler_is_not_the_learner():
     assert config.correction_name(read_recipe(SMALL, ["model.weights=int8"])) == "off"
     assert not config.sampler_is_learner(compressed())
     assert config.correction_name(compressed()) == "sparse-rl"
+    assert config.correction_name(compressed("rollout.eviction=none")) == "off"
+    assert config.correction_name(read_recipe(SMALL, ["model.weights=host"])) == "tis"
     for recipe in (read_recipe(SMALL, ["loss.correction=tis"]), compressed("loss.correction=tis")):
         assert config.correction_name(recipe) == "tis"
 
 
 def test_training_uncorrected_on_a_compressed_cache_has_to_be_asked_for():
-    config._check_pairs(compressed(), "mine.toml")
-    config._check_pairs(read_recipe(SMALL, ["loss.correction=off"]), "mine.toml")
+    read_recipe(SMALL, ["loss.correction=off"])
     allowed = compressed("loss.correction=off", "loss.uncorrected=true")
-    config._check_pairs(allowed, "mine.toml")
     assert config.correction_name(allowed) == "off"
     with pytest.raises(InputError, match=r"kv_budget = 48.*uncorrected = true"):
-        config._check_pairs(compressed("loss.correction=off"), "mine.toml")
+        compressed("loss.correction=off")
+    with pytest.raises(InputError, match=r'weights = "host".*uncorrected = true'):
+        read_recipe(SMALL, ["model.weights=host", "loss.correction=off"])
 
 
 @pytest.mark.parametrize("word", ["auto", "tis"])
@@ -458,3 +455,31 @@ def test_patience_needs_evaluations_to_be_patient_with():
     with pytest.raises(InputError, match=r"patience without eval_every"):
         read_recipe(SMALL, ["train.patience=3"])
     assert read_recipe(SMALL, ["train.patience=3", "train.eval_every=2"]).train.patience == 3
+
+
+def test_the_kv_cache_is_compressed_where_a_budget_is_given():
+    assert read_recipe(SMALL).rollout.compression is None
+    given = read_recipe(SMALL, ["rollout.kv_budget=64"]).rollout.compression
+    assert given == config.Compression("rkv", 64, 128)
+    assert given.entries == 192
+    rest = ["rollout.kv_buffer=7", "rollout.eviction=streaming"]
+    given = read_recipe(SMALL, ["rollout.kv_budget=5", *rest]).rollout.compression
+    assert given == config.Compression("streaming", 5, 7)
+    whole = read_recipe(SMALL, ["rollout.kv_budget=64", "rollout.eviction=none"]).rollout
+    assert whole.compression is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["rollout.kv_budget=8"], 'kv_budget = 8 with eviction = "rkv".*at least 9'),
+        (["rollout.kv_budget=4", "rollout.eviction=streaming"], "at least 5"),
+        (["rollout.kv_budget=1", "rollout.eviction=h2o"], "at least 2"),
+        (["rollout.eviction=h2o"], "eviction without kv_budget"),
+        (["rollout.kv_buffer=64"], "kv_buffer without kv_budget"),
+        (["rollout.eviction=snapkvv"], 'the nearest is "snapkv"'),
+    ],
+)
+def test_a_kv_cache_that_cannot_be_is_refused(overrides, expected):
+    with pytest.raises(InputError, match=expected):
+        read_recipe(SMALL, overrides)

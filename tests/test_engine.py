@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from frugal_rl.errors import FrugalError
+from frugal_rl.decoder import Decoder
+from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.generate.cache import SlotCache
-from frugal_rl.generate.engine import Engine, _inverse_cdf
+from frugal_rl.generate.engine import Engine
+from frugal_rl.generate.sample import StopText, Truncation, draw, inverse_cdf, truncate
 from frugal_rl.learn import Learner
 from frugal_rl.rollout import Request, Rollout
 
-from .conftest import KINDS, VOCABULARY, make_decoder
+from .conftest import KINDS, VOCABULARY, make_decoder, weights_of
 
 STOPS = frozenset({5, 7})
 MAX_TOKENS = 24
@@ -33,29 +38,55 @@ def run(engine: Engine, requests: list[Request], temperature: float) -> list[Rol
     return [out[i] for i in range(len(requests))]
 
 
-def hugging_face(model: Any, prompt: tuple[int, ...]) -> list[int]:
+def hugging_face(model: Any, prompt: tuple[int, ...], stops: frozenset[int]) -> list[int]:
     ids = torch.tensor([prompt])
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=MAX_TOKENS,
         do_sample=False,
-        eos_token_id=sorted(STOPS),
+        eos_token_id=sorted(stops),
         pad_token_id=0,
     )
     return out[0, len(prompt) :].tolist()
 
 
+def frequent_tokens(decoder: Decoder, requests: list[Request]) -> frozenset[int]:
+    """Three tokens that greedy responses often meet: as stop tokens they end many, at many lengths."""
+    rollouts = run(Engine(decoder, 64, frozenset(), 1000), requests, 0.0)
+    counts = Counter(int(t) for r in rollouts for t in set(r.response_ids[2:]))
+    return frozenset(t for t, _ in counts.most_common(3))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_those_of_transformers_generate(kind: str) -> None:
     model, decoder = make_decoder(kind)
-    requests = make_requests(16, 1)
-    for slots in (16, 5, 1):
-        rollouts = run(Engine(decoder, slots, STOPS, 30), requests, 0.0)
-        for request, rollout in zip(requests, rollouts, strict=True):
-            expected = hugging_face(model, request.prompt_ids)
-            assert rollout.response_ids.tolist() == expected, (slots, request)
-            assert rollout.truncated == (expected[-1] not in STOPS)
+    requests = make_requests(64, 1)
+    stops = frequent_tokens(decoder, requests)
+    expected = [hugging_face(model, r.prompt_ids, stops) for r in requests]
+    assert len({len(ids) for ids in expected}) > 5
+    for slots, look_every in ((64, 1), (5, 3), (1, 1)):
+        engine = Engine(decoder, slots, stops, 30, look_every=look_every)
+        for ids, rollout in zip(expected, run(engine, requests, 0.0), strict=True):
+            assert rollout.response_ids.tolist() == ids, (slots, rollout)
+            assert rollout.truncated == (ids[-1] not in stops)
+
+
+def test_greedy_tokens_of_the_embedded_model_are_those_of_transformers_generate(tiny_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    decoder = Decoder(model.config, weights_of(model))
+    rng = np.random.default_rng(0)
+    sums = ["+".join(map(str, rng.integers(0, 10, 2 + i % 7))) for i in range(64)]
+    requests = [Request(tuple(tokenizer(f"Q:{text}=?")["input_ids"]), (i,)) for i, text in enumerate(sums)]
+    stops = frozenset({tokenizer.eos_token_id})
+    expected = [hugging_face(model, r.prompt_ids, stops) for r in requests]
+    assert len({len(ids) for ids in expected}) > 5
+    for slots in (64, 7):
+        rollouts = run(Engine(decoder, slots, stops, 40), requests, 0.0)
+        assert [r.response_ids.tolist() for r in rollouts] == expected
 
 
 @pytest.mark.parametrize("slots", [1, 4, 7])
@@ -93,7 +124,6 @@ def test_log_probs_are_the_learners(kind: str, temperature: float) -> None:
 
 def test_in_bf16_arithmetic_log_probs_agree_within_3e_2() -> None:
     _, decoder = make_decoder("qwen2", dtype=torch.bfloat16)
-    from frugal_rl.decoder import Decoder
     from frugal_rl.weights import Weights
 
     low = Decoder(decoder.config, Weights(decoder.weights.tensors, compute_dtype=torch.bfloat16))
@@ -166,17 +196,212 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_token() -> None:
         run(Engine(decoder, 4, STOPS, 1000), make_requests(4, 1), 1.0)
 
 
+@pytest.mark.parametrize("look_every", [2, 3, 8, 100])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_how_often_ends_are_looked_at_changes_nothing(look_every: int, temperature: float) -> None:
+    _, decoder = make_decoder("qwen2")
+    requests = make_requests(9, 2)
+    stops = STOPS if temperature else frequent_tokens(decoder, requests)
+    for slots in (18, 5):
+        every, rarely = (
+            run(Engine(decoder, slots, stops, 100, look_every=n), requests, temperature)
+            for n in (1, look_every)
+        )
+        assert len({len(r.response_ids) for r in every}) > (3 if temperature else 1)
+        for one, other in zip(every, rarely, strict=True):
+            assert one.response_ids.tolist() == other.response_ids.tolist()
+            assert one.truncated == other.truncated
+            np.testing.assert_allclose(one.logprob_T, other.logprob_T, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_a_prompt_in_chunks_gives_the_tokens_of_the_whole(kind: str, chunk: int) -> None:
+    _, decoder = make_decoder(kind)
+    requests = make_requests(9, 2)
+    whole = run(Engine(decoder, 5, STOPS, 1000), requests, 1.0)
+    chunked = run(Engine(decoder, 5, STOPS, chunk), requests, 1.0)
+    for one, other in zip(whole, chunked, strict=True):
+        assert one.response_ids.tolist() == other.response_ids.tolist()
+        np.testing.assert_allclose(one.logprob_T, other.logprob_T, atol=1e-5)  # order of sums
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 7])
+def test_a_prompt_is_run_once_for_its_group_however_few_slots_there_are(slots: int) -> None:
+    _, decoder = make_decoder("qwen2")
+    engine, requests = Engine(decoder, slots, STOPS, 1000), make_requests(4, 6)
+    expected = run(Engine(decoder, 24, STOPS, 1000), requests, 1.0)
+    rollouts = run(engine, requests, 1.0)
+    assert engine.stats.prompt_tokens == sum(len(r.prompt_ids) for r in requests[::6])
+    for one, other in zip(expected, rollouts, strict=True):
+        assert one.response_ids.tolist() == other.response_ids.tolist()
+        np.testing.assert_allclose(one.logprob_T, other.logprob_T, atol=1e-5)
+
+
+def test_the_longest_prompts_are_run_first() -> None:
+    _, decoder = make_decoder("qwen2")
+    requests = make_requests(9, 1)
+    stream = Engine(decoder, 1, STOPS, 1000).generate(requests, max_tokens=3, temperature=1.0)
+    lengths = [len(rollout.prompt_ids) for _, rollout in stream]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(set(lengths)) == 9
+
+
+def test_responses_of_one_token_need_no_decoding() -> None:
+    _, decoder = make_decoder("qwen2")
+    engine = Engine(decoder, 2, STOPS, 1000)
+    stream = engine.generate(make_requests(5, 1), max_tokens=1, temperature=1.0)
+    assert [len(rollout.response_ids) for _, rollout in stream] == [1] * 5
+    assert engine.stats.decode_steps == 0
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_what_would_do() -> None:
+    _, decoder = make_decoder("qwen2")  # 128 positions
+    request = Request(tuple(range(8, 58)), (0,))
+    engine = Engine(decoder, 1, STOPS, 1000)
+    with pytest.raises(InputError, match="max_tokens of at most 78 or prompts of at most 49 tokens"):
+        next(engine.generate([request], max_tokens=79, temperature=1.0))
+    next(engine.generate([request], max_tokens=78, temperature=1.0))
+
+
+# --- truncation and stop strings
+
+
+@pytest.mark.parametrize(
+    "truncation",
+    [Truncation(top_k=3), Truncation(top_p=0.3), Truncation(min_p=0.4), Truncation(9, 0.7, 0.05)],
+)
+def test_both_log_probs_are_those_of_their_distributions(truncation: Truncation) -> None:
+    model, decoder = make_decoder("qwen2")
+    learner = Learner(decoder, 0.1, 1.0, 0.7, 100)
+    out = dict(
+        Engine(decoder, 6, STOPS, 40).generate(
+            make_requests(8, 2), max_tokens=MAX_TOKENS, temperature=0.7, truncation=truncation
+        )
+    )
+    rollouts = [out[i] for i in range(16)]
+    logprob_BT = learner.log_probs(rollouts)
+    larger = 0
+    for i, rollout in enumerate(rollouts):
+        own_T = torch.from_numpy(rollout.policy_logprob_T)
+        torch.testing.assert_close(logprob_BT[i, : len(own_T)], own_T, atol=1e-5, rtol=1e-5)
+        assert (rollout.logprob_T >= rollout.policy_logprob_T - 1e-6).all()
+        larger += int((rollout.logprob_T > rollout.policy_logprob_T + 0.1).sum())
+        ids = [*rollout.prompt_ids, *rollout.response_ids.tolist()]
+        with torch.no_grad():
+            logit_TV = model(torch.tensor([ids[:-1]])).logits[0, len(rollout.prompt_ids) - 1 :]
+        drawn_TV = truncate(torch.log_softmax(logit_TV / 0.7, dim=-1), truncation).log_softmax(dim=-1)
+        exact_T = drawn_TV.gather(1, torch.tensor(ids[len(rollout.prompt_ids) :])[:, None])[:, 0]
+        np.testing.assert_allclose(rollout.logprob_T, exact_T.numpy(), atol=1e-5)
+    assert larger > 20
+
+
+def test_without_truncation_the_two_log_probs_are_equal() -> None:
+    _, decoder = make_decoder("qwen2")
+    for temperature in (0.0, 0.7):
+        for rollout in run(Engine(decoder, 6, STOPS, 40), make_requests(4, 1), temperature):
+            assert np.array_equal(rollout.logprob_T, rollout.policy_logprob_T)
+
+
+def letters(ids: Sequence[int]) -> str:
+    """Every token is one letter or two."""
+    return "".join(chr(97 + i % 5) * (1 + i % 2) for i in ids)
+
+
+@pytest.mark.parametrize("look_every", [1, 4])
+@pytest.mark.parametrize("slots", [3, 18])
+@pytest.mark.parametrize("strings", [("da",), ("cc", "eba"), ("bb", "dddd")])
+def test_a_response_ends_in_the_token_that_completes_a_stop_string(
+    strings: tuple[str, ...], slots: int, look_every: int
+) -> None:
+    _, decoder = make_decoder("qwen2")
+    requests = make_requests(9, 2)
+    whole = run(Engine(decoder, 18, STOPS, 100), requests, 1.0)
+    stop = StopText(strings, letters)
+    cut = run(Engine(decoder, slots, STOPS, 100, stop_text=stop, look_every=look_every), requests, 1.0)
+    shortened = 0
+    for one, other in zip(whole, cut, strict=True):
+        ids = one.response_ids.tolist()
+        ends = [n for n in range(1, len(ids) + 1) if any(s in letters(ids[:n]) for s in strings)]
+        assert other.response_ids.tolist() == (ids[: ends[0]] if ends else ids)
+        assert len(other.logprob_T) == len(other.policy_logprob_T) == len(other.response_ids)
+        assert other.truncated == (one.truncated and not ends)
+        shortened += bool(ends) and ends[0] < len(ids)
+    assert shortened >= 3
+
+
+def test_a_stop_string_is_found_across_looks_and_only_the_first_one_counts() -> None:
+    stop = StopText(("abc",), lambda ids: "".join(map(chr, ids)))
+    ids = [ord(c) for c in "xabxabcabc"]
+    assert stop.end(ids, 0) == 7
+    assert stop.end(ids[:6], 0) is None
+    assert stop.end(ids, 6) == 7
+
+
+def test_a_character_in_several_tokens_completes_a_stop_string_with_its_last() -> None:
+    tokens = [bytes([b]) for b in "né→!".encode()]
+    stop = StopText(("→",), lambda ids: b"".join(tokens[i] for i in ids).decode(errors="replace"))
+    assert stop.end(range(len(tokens)), 0) == 6
+
+
+@pytest.mark.parametrize("k,p,m", [(5, None, None), (None, 0.6, None), (None, None, 0.2), (40, 0.8, 0.1)])
+def test_truncation_keeps_what_transformers_warpers_keep(
+    k: int | None, p: float | None, m: float | None
+) -> None:
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    torch.manual_seed(0)
+    logprob_SV = torch.log_softmax(torch.randn(50, VOCABULARY) * 2, dim=-1)
+    expected_SV = logprob_SV.clone()
+    for kind, value in ((TopKLogitsWarper, k), (TopPLogitsWarper, p), (MinPLogitsWarper, m)):
+        if value is not None:
+            expected_SV = kind(value)(None, expected_SV)
+    kept_SV = truncate(logprob_SV, Truncation(k, p, m))
+    assert torch.equal(kept_SV, expected_SV)
+    assert int(kept_SV.isinf().sum()) > 50
+
+
+def test_truncation_equals_its_slow_twin_with_ties() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        # eighths: sums are exact, and ties are many
+        probability_V = rng.multinomial(8, np.full(6, 1 / 6)) / 8
+        k, p, m = int(rng.integers(1, 7)), rng.integers(1, 9) / 8, rng.integers(1, 9) / 8
+        kept = set(range(6))
+        kth = sorted(probability_V, reverse=True)[k - 1]
+        kept = {v for v in kept if probability_V[v] >= kth}
+        total, counted, nucleus = sum(probability_V[v] for v in kept), 0.0, set()
+        for v in sorted(kept, key=lambda v: (-probability_V[v], v)):
+            if counted < p * total - 1e-6 or not nucleus:
+                nucleus.add(v)
+            counted += probability_V[v]
+        kept = {v for v in nucleus if probability_V[v] > 0 and probability_V[v] >= m * max(probability_V)}
+        with np.errstate(divide="ignore"):
+            logprob_SV = torch.from_numpy(np.log(probability_V))[None]
+        got_V = truncate(logprob_SV, Truncation(k, p - 1e-6, m - 1e-6))[0]
+        assert {int(v) for v in torch.nonzero(got_V > float("-inf"))} == kept
+
+
+def test_drawing_by_blocks_is_drawing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    logit_SV, uniform_S = torch.randn(20, 30), torch.rand(20)
+    whole = draw(logit_SV, uniform_S, 0.8, Truncation(top_k=9))
+    monkeypatch.setattr("frugal_rl.generate.sample.TRUNCATION_BLOCK_BYTES", 3 * 30 * 4)
+    for one, other in zip(whole, draw(logit_SV, uniform_S, 0.8, Truncation(top_k=9)), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_drawing_follows_the_distribution() -> None:
     probability_V = torch.tensor([0.5, 0.0, 0.125, 0.25, 0.125, 0.0])
     uniform_S = (torch.arange(4096) + 0.5) / 4096
-    token_S = _inverse_cdf(probability_V.log().expand(4096, -1), uniform_S)
+    token_S = inverse_cdf(probability_V.log().expand(4096, -1), uniform_S)
     assert torch.bincount(token_S, minlength=6).tolist() == [2048, 0, 512, 1024, 512, 0]
 
 
 def test_the_largest_uniform_draws_a_token_that_can_be_drawn() -> None:
     logprob_SV = torch.log_softmax(torch.randn(2000, 300), dim=-1)
     logprob_SV[:, 200:] = float("-inf")
-    token_S = _inverse_cdf(logprob_SV, torch.full((2000,), 1 - 2.0**-24))
+    token_S = inverse_cdf(logprob_SV, torch.full((2000,), 1 - 2.0**-24))
     assert int(token_S.max()) < 200
 
 

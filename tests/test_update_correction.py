@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from frugal_rl import config, update
 from frugal_rl import train as loop
+from frugal_rl import update
 from frugal_rl.config import Recipe, load_recipe
 from frugal_rl.correct import PRESETS, correct
 from frugal_rl.errors import FrugalError
@@ -30,20 +30,13 @@ def tiny() -> Iterator[loop.Session]:
         yield session
 
 
-@dataclass(frozen=True)
-class Compressed(config.Rollout):
-    """A rollout section with an eviction budget."""
-
-    kv_budget: int | None = None
-
-
 def compressed(recipe: Recipe, budget: int) -> Recipe:
-    return replace(recipe, rollout=Compressed(**(asdict(recipe.rollout) | {"kv_budget": budget})))
+    return replace(recipe, rollout=replace(recipe.rollout, kv_budget=budget))
 
 
 def with_logprobs(groups: list[loop.Group], change: Callable[[Rollout], np.ndarray]) -> list[loop.Group]:
     """The same rollouts, drawn by a sampler with other log-probabilities."""
-    return [replace(g, rollouts=[replace(r, logprob_T=change(r)) for r in g.rollouts]) for g in groups]
+    return [replace(g, rollouts=[replace(r, policy_logprob_T=change(r)) for r in g.rollouts]) for g in groups]
 
 
 def stepped(changes: list[str], make: Callable[[loop.Session], list[loop.Group]]) -> tuple[Any, Any]:
@@ -82,7 +75,8 @@ def test_what_is_left_out_for_want_of_an_advantage_still_weighs_in_the_correctio
     def noisy(session: loop.Session) -> list[loop.Group]:
         rng = np.random.default_rng(0)
         return with_logprobs(
-            drawn(session), lambda r: r.logprob_T + rng.normal(0, 0.5, len(r.logprob_T)).astype("f")
+            drawn(session),
+            lambda r: r.policy_logprob_T + rng.normal(0, 0.5, len(r.response_ids)).astype("f"),
         )
 
     changes = ["loss.correction=sparse-rl", "loss.max_gap=9", f"loss.algorithm={algorithm}"]
@@ -99,12 +93,12 @@ def test_what_is_left_out_for_want_of_an_advantage_still_weighs_in_the_correctio
 def test_the_steps_loss_is_the_papers_over_the_whole_batch(algorithm: str, tiny: loop.Session) -> None:
     rng = np.random.default_rng(1)
     groups = with_logprobs(
-        drawn(tiny), lambda r: r.logprob_T + rng.normal(0, 0.5, len(r.logprob_T)).astype("f")
+        drawn(tiny), lambda r: r.policy_logprob_T + rng.normal(0, 0.5, len(r.response_ids)).astype("f")
     )
     rollouts = [r for g in groups for r in g.rollouts]
-    rollouts[9].logprob_T[0] += 12  # rejected, and in a group with signal
+    rollouts[9].policy_logprob_T[0] += 12  # rejected, and in a group with signal
     old_BT = tiny.learner.log_probs(rollouts).double().numpy()
-    xis = [np.exp(old_BT[i, : len(r.logprob_T)] - r.logprob_T) for i, r in enumerate(rollouts)]
+    xis = [np.exp(old_BT[i, : len(r.response_ids)] - r.policy_logprob_T) for i, r in enumerate(rollouts)]
     mean = np.mean(np.minimum(np.concatenate(xis), 1.5))
     # rewards 1, 0, 0, 0: advantages 3/2 and three times -1/2; no signal in the first two groups
     advantages = [0.0] * 8 + [1.5, -0.5, -0.5, -0.5] * 2
@@ -130,7 +124,8 @@ def test_a_response_with_a_token_that_the_old_policy_would_not_have_drawn_is_rej
         groups = groups_of(session, lambda i: float(i == 0))
         first = groups[0].rollouts[0]
         return with_logprobs(
-            groups, lambda r: r.logprob_T + 12 * (r is first) * (np.arange(len(r.logprob_T)) == 0)
+            groups,
+            lambda r: r.policy_logprob_T + 12 * (r is first) * (np.arange(len(r.response_ids)) == 0),
         )
 
     step, _ = stepped(["loss.correction=sparse-rl", "loss.max_gap=9"], spoilt)
@@ -140,7 +135,7 @@ def test_a_response_with_a_token_that_the_old_policy_would_not_have_drawn_is_rej
 
 def test_a_batch_rejected_whole_changes_nothing_and_says_why(tiny: loop.Session) -> None:
     recipe = load_recipe("tiny", [*SMALL, "loss.correction=sparse-rl", "loss.max_gap=99"])
-    groups = with_logprobs(groups_of(tiny, lambda i: float(i == 0)), lambda r: r.logprob_T + 12)
+    groups = with_logprobs(groups_of(tiny, lambda i: float(i == 0)), lambda r: r.policy_logprob_T + 12)
     before = snapshot(tiny)
     step = learn(tiny.learner, recipe, groups)
     assert step is not None
@@ -186,7 +181,8 @@ def test_a_compressed_samplers_gap_counts_only_where_it_saw_the_whole_context(ti
         return with_logprobs(
             groups,
             lambda r: (
-                r.logprob_T + np.float32(0.3) * (len(r.prompt_ids) + np.arange(len(r.logprob_T)) > context)
+                r.policy_logprob_T
+                + np.float32(0.3) * (len(r.prompt_ids) + np.arange(len(r.response_ids)) > context)
             ),
         )
 
@@ -200,7 +196,9 @@ def test_a_compressed_samplers_gap_counts_only_where_it_saw_the_whole_context(ti
 
 
 def test_where_no_token_was_drawn_from_a_whole_context_there_is_no_gap_to_check(tiny: loop.Session) -> None:
-    groups = with_logprobs(groups_of(tiny, lambda i: float(i == 0)), lambda r: r.logprob_T + np.float32(0.3))
+    groups = with_logprobs(
+        groups_of(tiny, lambda i: float(i == 0)), lambda r: r.policy_logprob_T + np.float32(0.3)
+    )
     step = learn(tiny.learner, compressed(tiny.recipe, 1), groups)
     assert step is not None
     assert "sampler_gap" not in step.stats
@@ -218,14 +216,14 @@ def test_minibatches_share_the_correction_of_the_whole_batch_and_count_their_own
 ) -> None:
     rng = np.random.default_rng(1)
     groups = with_logprobs(
-        drawn(tiny), lambda r: r.logprob_T + rng.normal(0, 0.5, len(r.logprob_T)).astype("f")
+        drawn(tiny), lambda r: r.policy_logprob_T + rng.normal(0, 0.5, len(r.response_ids)).astype("f")
     )
     rollouts = [r for g in groups for r in g.rollouts]
     old_BT = tiny.learner.log_probs(rollouts)
     mask_BT, sampler_BT = torch.zeros(old_BT.shape, dtype=torch.bool), torch.zeros(old_BT.shape)
     for i, rollout in enumerate(rollouts):
-        mask_BT[i, : len(rollout.logprob_T)] = True
-        sampler_BT[i, : len(rollout.logprob_T)] = torch.from_numpy(rollout.logprob_T)
+        mask_BT[i, : len(rollout.policy_logprob_T)] = True
+        sampler_BT[i, : len(rollout.policy_logprob_T)] = torch.from_numpy(rollout.policy_logprob_T)
     expected = correct(PRESETS["sparse-rl"], old_BT, sampler_BT, mask_BT)
     seen: list[Any] = []
     real = update._Batch.loss
@@ -238,7 +236,7 @@ def test_minibatches_share_the_correction_of_the_whole_batch_and_count_their_own
     assert len(seen) == 2  # each has one group with signal
     for batch in seen:
         for rollout, weight_T in zip(batch.rollouts, batch.weight_BT, strict=True):
-            length = len(rollout.logprob_T)
+            length = len(rollout.policy_logprob_T)
             torch.testing.assert_close(weight_T[:length], weights[id(rollout)][:length])
     assert sum(int(batch.counted_NG.sum()) for batch in seen) == sum(counted.values())
     assert all(int(batch.counted_NG.sum()) < int(batch.length_NG.sum()) for batch in seen)

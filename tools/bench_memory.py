@@ -136,6 +136,8 @@ def learner_step(options: Options) -> dict[str, Any]:
             rng.integers(0, config.vocab_size, tokens - prompt),
             np.zeros(tokens - prompt, np.float32),
             False,
+            np.zeros(tokens - prompt, np.float32),
+            np.zeros(tokens - prompt, np.float32),
         )
         for _ in range(sequences)
     ]

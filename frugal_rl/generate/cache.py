@@ -5,8 +5,12 @@ gives its place to the last active one (`move`), so that a decode step works on 
 and never on free slots. Bytes: 2 * slots * layers * KV heads * entries * head size * element size,
 whatever is in it.
 
-Transformers' attention modules see it through `Prefill` and `Decode`, which have the one method of a
-transformers cache that they call, `update(key, value, layer)`.
+An entry is a token's key, rotated to its true position, and its value. Entries of a slot stand in the
+order of their positions; under eviction (eviction.py) some are missing, other ones in each layer and KV
+head, but all hold equally many.
+
+Transformers' attention modules see it through `Prefill`, `Extend` and `Decode`, which have the one
+method of a transformers cache that they call, `update(key, value, layer)`.
 """
 
 from __future__ import annotations
@@ -52,6 +56,18 @@ class SlotCache:
         """The cache to run right-padded prompts with; row i of the batch goes into slots[i]."""
         return Prefill(self, torch.tensor(slots, device=self.device))
 
+    def extend(self, slot: int, held: int, count: int) -> Extend:
+        """The cache to run the next `count` tokens of one sequence with, after the `held` that are there."""
+        column_C = torch.arange(held + count, device=self.device)
+        row_T = torch.arange(held, held + count, device=self.device)
+        return Extend(
+            self,
+            torch.tensor([slot], device=self.device),
+            slot,
+            held,
+            (column_C <= row_T[:, None])[None, None],
+        )
+
     def decode(self, entry_S: Tensor, longest: int) -> Decode:
         """The cache to run one token a slot with; `entry_S` is where each slot's token goes.
 
@@ -80,19 +96,39 @@ class Prefill:
 
 
 @dataclass(frozen=True)
+class Extend:
+    """Appends a chunk of one prompt; attention sees the slot's entries through `mask` [1, 1, T, C]."""
+
+    cache: SlotCache
+    slot_B: Tensor
+    slot: int
+    held: int
+    mask: Tensor
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """key, value [1, K, T, D]. In place on the cache; returns views of it."""
+        end = self.held + key.shape[2]
+        seen = []
+        for buffer, new in ((self.cache.key_LSKCD, key), (self.cache.value_LSKCD, value)):
+            buffer[layer, self.slot, :, self.held : end] = new[0]
+            seen.append(buffer[layer, self.slot : self.slot + 1, :, :end])
+        return seen[0], seen[1]
+
+
+@dataclass(frozen=True)
 class Decode:
     """Appends one token a slot; attention sees the slot's entries through `mask` [S, 1, 1, C]."""
 
     cache: SlotCache
-    slot_S: Tensor
+    slot_B: Tensor
     entry_S: Tensor
     longest: int
     mask: Tensor
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
-        """key, value [S, K, 1, D]. In place on the cache."""
+        """key, value [S, K, 1, D]. In place on the cache; returns views of it."""
         seen = []
         for buffer, new in ((self.cache.key_LSKCD, key), (self.cache.value_LSKCD, value)):
-            buffer[layer, self.slot_S, :, self.entry_S] = new[:, :, 0]
-            seen.append(buffer[layer, : len(self.slot_S), :, : self.longest])
+            buffer[layer, self.slot_B, :, self.entry_S] = new[:, :, 0]
+            seen.append(buffer[layer, : len(self.slot_B), :, : self.longest])
         return seen[0], seen[1]

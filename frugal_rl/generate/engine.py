@@ -1,17 +1,28 @@
 """The engine: continuous batching over slots, on the policy's own weights, zero copies.
 
-A slot holds one sequence. Each turn: `admit` puts waiting requests into free slots (prompts that are
-equal are run once and copied), `decode` draws one token for every active slot, `retire` takes out
-sequences that met a stop token or their length and closes the gap with the last active slot. Memory
-does not depend on how many requests there are.
+A slot holds one sequence. Each turn: `admit` puts waiting requests into free slots, `decode` draws one
+token for every active slot, a few times, and `retire` looks which sequences have met a stop token, a
+stop string or their length. Memory does not depend on how many requests there are.
+
+- The longest prompts come first, equal ones together. A prompt is run once for its whole group: its
+  entries are copied to the group's slots, and later to slots that come free, from whichever member
+  still has them; the first token of those that wait is drawn at once. Under eviction a prompt that no
+  member has whole any more is run again.
+- A prompt that is longer than `prefill_tokens` or than the cache is run in chunks.
+- Decoding reads and writes device tensors only; what the host must know of a sequence (how many entries
+  and tokens) it counts itself. It waits for the device when it looks for ends, every few steps; tokens
+  drawn beyond an end are dropped. `_step` has static shapes, given (active slots, entries seen).
 
 Random numbers belong to the request, not to the slot: token t of a request uses uniform t of
-Philox(request.key), and is the inverse of the cumulative distribution at it. Slot count and order
-change nothing but the order of sums.
+Philox(request.key), see sample.py. Slot count, order and looks change nothing but the order of sums.
 
-Law: the log-probability that travels with a token is that of the distribution it was drawn from,
-softmax(logits / temperature); at temperature 0 the token is the arg max and its log-probability is
-taken at temperature 1. The learner's, on the same weights, agree up to the order of sums.
+With an `eviction`, a slot has a fixed count of entries, whatever the length of its sequence: before it is
+full it is compressed (eviction.py), and so is a prompt of more entries than the budget. What happens to
+a sequence depends on its own length alone.
+
+Law: two log-probabilities travel with a token: of the distribution it was drawn from, and of
+softmax(logits / temperature). The learner's, on the same weights, agree with the second up to the order
+of sums, unless entries were evicted.
 """
 
 from __future__ import annotations
@@ -19,17 +30,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..decoder import Decoder
-from ..errors import FrugalError
+from ..errors import FrugalError, InputError
 from ..rollout import Request, Rollout
-from .cache import SlotCache
+from .cache import Decode, Extend, Prefill, SlotCache
+from .eviction import Eviction
+from .sample import Drawn, StopText, Truncation, draw
 
 LOOK_EVERY = {"cpu": 1, "cuda": 8}  # decode steps between two looks at which sequences have ended
+# attention sees a multiple of so many entries: on a GPU, few shapes (and graphs); on a CPU, no entry too many
+SEEN_MULTIPLE = {"cpu": 1, "cuda": 64}
+
+Prompt = tuple[int, ...]
 
 
 @dataclass
@@ -39,38 +57,70 @@ class EngineStats:
     prompt_tokens: int = 0
     decoded_tokens: int = 0
     decode_steps: int = 0
+    evictions: int = 0  # times that a slot was compressed
     cache_bytes: int = 0
+    memory_bytes: int = 0  # what the eviction method remembers
 
 
 @dataclass
 class Engine:
-    """Samples from `decoder`. `prefill_tokens` bounds the padded prompt tokens in a layer at a time."""
+    """Samples from `decoder`. `prefill_tokens` bounds the padded prompt tokens in a layer at a time.
+
+    `look_every`: decode steps between two looks at what has ended; None: what suits the device.
+    """
 
     decoder: Decoder
     slots: int
     stop_ids: frozenset[int]
     prefill_tokens: int
+    stop_text: StopText | None = None
+    eviction: Eviction | None = None
+    look_every: int | None = None
     stats: EngineStats = field(default_factory=EngineStats)
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[Request], *, max_tokens: int, temperature: float
+        self,
+        requests: Sequence[Request],
+        *,
+        max_tokens: int,
+        temperature: float,
+        truncation: Truncation = Truncation(),  # noqa: B008 (frozen)
     ) -> Iterator[tuple[int, Rollout]]:
         """Yields (index of the request, rollout) as sequences end. The pool lives as long as the iterator.
 
-        `max_tokens` bounds each response. Prompts must leave room in the model's positions.
+        `max_tokens` bounds each response. Raises InputError where a prompt leaves no room for it in the
+        model's positions.
         """
         if not requests:
             return
+        longest, limit = max(len(r.prompt_ids) for r in requests), self.decoder.max_tokens
+        if longest + max_tokens > limit:
+            raise InputError(
+                f"a prompt of {longest} tokens and max_tokens = {max_tokens} exceed the {limit} tokens that "
+                f"the model sees whole: {room_for(longest, max_tokens, limit)}"
+            )
         self.stats = EngineStats()
         with self.decoder.sampling():
-            run = _Run(self, requests, max_tokens, temperature)
+            run = _Run(self, requests, max_tokens, temperature, truncation)
             self.stats.cache_bytes = run.cache.nbytes
-            while run.waiting or run.sequences:
-                run.admit()
-                for _ in range(LOOK_EVERY[self.decoder.device.type]):
+            self.stats.memory_bytes = run.memory.nbytes if run.memory else 0
+            run.admit()
+            while run.sequences:
+                for _ in range(run.steps()):
                     run.decode()
                 yield from run.retire()
+                run.admit()
+
+
+def room_for(prompt_tokens: int, max_tokens: int, limit: int) -> str:
+    """Which max_tokens, or which prompts, would fit into `limit` tokens."""
+    ways = []
+    if prompt_tokens < limit:
+        ways.append(f"max_tokens of at most {limit - prompt_tokens}")
+    if max_tokens < limit:
+        ways.append(f"prompts of at most {limit - max_tokens} tokens")
+    return " or ".join(ways) + " would do"
 
 
 @dataclass
@@ -78,122 +128,267 @@ class _Sequence:
     """The host's view of an active slot."""
 
     index: int
-    prompt_tokens: int
-    drawn: int = 0  # tokens drawn so far
+    prompt: Prompt
+    prompt_entries: int  # in the cache, of the prompt
+    held: int  # entries in the cache
+    whole: bool = True  # the cache still has the prompt's entries as they were when the response began
+    drawn: int = 1  # tokens drawn so far; the last one is not in the cache yet
+    read: int = 0  # tokens that the host has looked at for stop strings
 
 
 class _Run:
     """Slots, queue and buffers of one `generate` call."""
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], max_tokens: int, temperature: float
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        max_tokens: int,
+        temperature: float,
+        truncation: Truncation,
     ) -> None:
         self.engine, self.decoder = engine, engine.decoder
-        self.requests, self.max_tokens, self.temperature = requests, max_tokens, temperature
+        self.requests, self.max_tokens = requests, max_tokens
+        self.temperature, self.truncation = temperature, truncation
         slots = min(engine.slots, len(requests))
-        # equal prompts stay neighbours, in the order in which they came first
-        first: dict[tuple[int, ...], int] = {}
+        # equal prompts are neighbours, the longest come first
+        first: dict[Prompt, int] = {}
         for index, request in enumerate(requests):
             first.setdefault(request.prompt_ids, index)
-        order = sorted(range(len(requests)), key=lambda i: (first[requests[i].prompt_ids], i))
-        self.waiting = deque(order)
+        keys = [(-len(r.prompt_ids), first[r.prompt_ids], i) for i, r in enumerate(requests)]
+        self.waiting = deque(i for _, _, i in sorted(keys))
+        self.begun: dict[int, Drawn] = {}  # the first token of requests that wait for a slot
         self.sequences: list[_Sequence] = []
+        self.ended: list[int] = []  # slots whose sequence has been handed out
         config, device = self.decoder.config, self.decoder.device
-        heads = config.num_attention_heads
+        longest = max(len(r.prompt_ids) for r in requests) + max_tokens
         self.cache = SlotCache(
             layers=len(self.decoder.layers),
             slots=slots,
             kv_heads=config.num_key_value_heads,
-            entries=max(len(r.prompt_ids) for r in requests) + max_tokens,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            entries=engine.eviction.entries if engine.eviction else longest,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             dtype=self.decoder.dtype,
             device=device,
         )
-        look = LOOK_EVERY[device.type]
+        self.memory = (
+            engine.eviction.memory(self.cache, config.num_attention_heads) if engine.eviction else None
+        )
+        self.look_every = engine.look_every or LOOK_EVERY[device.type]
+        self.seen_multiple = SEEN_MULTIPLE[device.type]
+        self.last_position = longest - 1
+        # a sequence may run on for some steps after its end before anyone looks
+        width = max_tokens + self.look_every
         self.entry_S = torch.zeros(slots, dtype=torch.long, device=device)
+        self.position_S = torch.zeros(slots, dtype=torch.long, device=device)
         self.drawn_S = torch.zeros(slots, dtype=torch.long, device=device)
-        # a sequence may run on for `look` steps after its end before anyone looks
-        self.token_ST = torch.zeros(slots, max_tokens + look, dtype=torch.long, device=device)
-        self.logprob_ST = torch.zeros(slots, max_tokens + look, device=device)
-        self.uniform_ST = torch.zeros(slots, max_tokens + look, device=device)
-        self.stop_X = torch.tensor(sorted(engine.stop_ids), dtype=torch.long, device=device)
         self.end_S = torch.zeros(slots, dtype=torch.long, device=device)  # tokens up to a stop token
+        self.token_ST = torch.zeros(slots, width, dtype=torch.long, device=device)
+        self.logprob_ST = torch.zeros(slots, width, device=device)
+        self.policy_logprob_ST = torch.zeros(slots, width, device=device)
+        self.uniform_ST = torch.zeros(slots, width, device=device)
+        self.stop_X = torch.tensor(sorted(engine.stop_ids), dtype=torch.long, device=device)
         self.per_slot = [
             self.entry_S,
+            self.position_S,
             self.drawn_S,
             self.end_S,
             self.token_ST,
             self.logprob_ST,
+            self.policy_logprob_ST,
             self.uniform_ST,
         ]
 
     # --- admission
 
     def admit(self) -> None:
-        """Fill free slots from the queue; draws the first token of each."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        while self.waiting and len(self.sequences) < self.cache.slots:
-            index = self.waiting.popleft()
-            request = self.requests[index]
-            slot = len(self.sequences)
-            self.sequences.append(_Sequence(index, len(request.prompt_ids)))
-            groups.setdefault(request.prompt_ids, []).append(slot)
-            uniform = np.random.Generator(np.random.Philox(np.random.SeedSequence(request.key))).random(
-                self.max_tokens, dtype=np.float32
-            )
-            self.uniform_ST[slot, : self.max_tokens] = torch.from_numpy(uniform)
+        """Fill free slots from the queue, each with its first token drawn; close those that stay free."""
+        places = [*self.ended, *range(len(self.sequences), self.cache.slots)]
+        taken = [self.waiting.popleft() for _ in range(min(len(places), len(self.waiting)))]
+        # at most one prompt has members both in slots and in the queue: a copy spoils no other's source
+        sources = {s.prompt: slot for slot, s in enumerate(self.sequences) if self._has_prompt(slot)}
+        sources |= {self.sequences[slot].prompt: slot for slot in self.ended if self._has_prompt(slot)}
+        groups: dict[Prompt, list[int]] = {}
+        for index in taken:
+            prompt = self.requests[index].prompt_ids
+            source = sources.get(prompt) if index in self.begun else None
+            slot = source if source is not None and source in places else places[0]
+            places.remove(slot)
+            if source is None:
+                self.begun.pop(index, None)
+                self._seat(slot, _Sequence(index, prompt, 0, 0))
+                groups.setdefault(prompt, []).append(slot)
+                continue
+            entries = self.sequences[source].prompt_entries
+            if slot != source:
+                self.cache.copy_(source, [slot], entries)  # nothing is remembered where there is a source
+            self._seat(slot, _Sequence(index, prompt, entries, entries))
+            self._begin([slot], self.begun.pop(index))
         prompts = sorted(groups, key=len, reverse=True)
+        fit = min(self.engine.prefill_tokens, self.cache.entries)
         while prompts:
-            fit = max(1, self.engine.prefill_tokens // len(prompts[0]))
-            self._prefill(prompts[:fit], groups)
-            prompts = prompts[fit:]
+            count = max(1, fit // len(prompts[0]))
+            logit_BV = self._prefill({p: groups[p][0] for p in prompts[:count]})
+            self._first_tokens(logit_BV, prompts[:count], groups)
+            prompts = prompts[count:]
+        for slot in sorted(set(self.ended) & set(places), reverse=True):
+            self._close(slot)
+        self.ended = []
 
-    def _prefill(self, prompts: list[tuple[int, ...]], groups: dict[tuple[int, ...], list[int]]) -> None:
-        device, width = self.decoder.device, len(prompts[0])
+    def _has_prompt(self, slot: int) -> bool:
+        """What is remembered of a prompt's queries changes with every token of the response."""
+        return self.memory is None and self.sequences[slot].whole
+
+    def _seat(self, slot: int, sequence: _Sequence) -> None:
+        """Give a slot to a sequence: the host's view of it, and its random numbers."""
+        if slot == len(self.sequences):
+            self.sequences.append(sequence)
+        else:
+            self.sequences[slot] = sequence
+        if self.memory is not None:
+            self.memory.clear_([slot])
+        number_T = torch.from_numpy(self._uniforms(sequence.index, self.max_tokens))
+        self.uniform_ST[slot, : self.max_tokens] = number_T
+
+    def _uniforms(self, index: int, count: int) -> np.ndarray:
+        seed = np.random.SeedSequence(self.requests[index].key)
+        return np.random.Generator(np.random.Philox(seed)).random(count, dtype=np.float32)
+
+    def _prefill(self, slot_of: dict[Prompt, int]) -> Tensor:
+        """Run prompts, the longest first, each into its slot; the logits [B, V] that follow them."""
+        prompts, device = list(slot_of), self.decoder.device
+        self.engine.stats.prompt_tokens += sum(len(p) for p in prompts)
+        width = len(prompts[0])
+        if width > min(self.engine.prefill_tokens, self.cache.entries):
+            assert len(prompts) == 1, "a prompt that is run in chunks is run alone"
+            return self._prefill_in_chunks(prompts[0], slot_of[prompts[0]])
         token_BT = torch.tensor([p + (0,) * (width - len(p)) for p in prompts], device=device)
-        cache = self.cache.prefill([groups[p][0] for p in prompts])
-        hidden = self._layers(self.decoder.embed(token_BT), None, past_key_values=cache)
-        end_B = torch.tensor([len(p) - 1 for p in prompts], device=device)
-        logit_BV = self._logits(hidden[torch.arange(len(prompts), device=device), end_B])
+        slots = list(slot_of.values())
+        cache = self.cache.prefill(slots)
+        length_B = torch.tensor([len(p) for p in prompts], device=device)
+        seen = self._seen(cache, torch.zeros_like(length_B), length_B)
+        hidden = self._layers(self.decoder.embed(token_BT), None, **seen)
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.sequences[slot].held = len(prompt)
+        return self._logits(hidden[torch.arange(len(prompts), device=device), length_B - 1])
+
+    def _prefill_in_chunks(self, prompt: Prompt, slot: int) -> Tensor:
+        device, sequence = self.decoder.device, self.sequences[slot]
+        done = 0
+        while done < len(prompt):
+            if sequence.held == self.cache.entries:
+                self._compress([slot])
+            count = min(self.engine.prefill_tokens, self.cache.entries - sequence.held, len(prompt) - done)
+            token_BT = torch.tensor([prompt[done : done + count]], device=device)
+            position_BT = torch.arange(done, done + count, device=device)[None]
+            cache = self.cache.extend(slot, sequence.held, count)
+            seen = self._seen(cache, position_BT[:, 0], position_BT[:, -1] + 1)
+            hidden = self._layers(self.decoder.embed(token_BT), position_BT, **seen)
+            sequence.held += count
+            done += count
+        return self._logits(hidden[:, -1])
+
+    def _first_tokens(self, logit_BV: Tensor, prompts: list[Prompt], groups: dict[Prompt, list[int]]) -> None:
+        """Copy these prompts to the other slots of their groups; draw every member's first token."""
+        device = self.decoder.device
         slots, rows = [], []
+        eviction = self.engine.eviction
+        if eviction is not None:
+            sources = [groups[prompt][0] for prompt in prompts]
+            self._compress([s for s in sources if self.sequences[s].held > eviction.budget])
         for row, prompt in enumerate(prompts):
-            self.cache.copy_(groups[prompt][0], groups[prompt][1:], len(prompt))
+            source, others = groups[prompt][0], groups[prompt][1:]
+            entries = self.sequences[source].held
+            self._copy(source, others)
+            for sequence in (self.sequences[slot] for slot in groups[prompt]):
+                sequence.held = sequence.prompt_entries = entries
+                sequence.whole = True
             slots += groups[prompt]
             rows += [row] * len(groups[prompt])
-            self.engine.stats.prompt_tokens += len(prompt)
+        uniform_S = self.uniform_ST[torch.tensor(slots, device=device), 0]
+        self._begin(slots, self._draw(logit_BV[torch.tensor(rows, device=device)], uniform_S))
+        if self.memory is not None:
+            return  # those that wait will run their prompt again
+        for row, prompt in enumerate(prompts):
+            later = [i for i in self.waiting if self.requests[i].prompt_ids == prompt]
+            for start in range(0, len(later), self.cache.slots):
+                part = later[start : start + self.cache.slots]
+                number = np.concatenate([self._uniforms(i, 1) for i in part])
+                drawn = self._draw(logit_BV[row].expand(len(part), -1), torch.from_numpy(number).to(device))
+                self.begun |= {i: Drawn(*(x[k : k + 1] for x in drawn)) for k, i in enumerate(part)}
+
+    def _copy(self, source: int, slots: list[int]) -> None:
+        """Slots begin with the entries of another, and what is remembered of them."""
+        self.cache.copy_(source, slots, self.sequences[source].held)
+        if self.memory is not None:
+            self.memory.copy_(source, slots)
+
+    def _begin(self, slots: list[int], drawn: Drawn) -> None:
+        """Slots whose sequences have their prompts in the cache get their first tokens. In place."""
+        device = self.decoder.device
         slot_S = torch.tensor(slots, device=device)
-        row_S = torch.tensor(rows, device=device)
-        self.entry_S[slot_S] = end_B[row_S] + 1
+        sequences = [self.sequences[slot] for slot in slots]
+        self.entry_S[slot_S] = torch.tensor([s.held for s in sequences], device=device)
+        self.position_S[slot_S] = torch.tensor([len(s.prompt) for s in sequences], device=device)
         self.drawn_S[slot_S] = 0
         self.end_S[slot_S] = self.max_tokens + 1
-        self._draw(logit_BV[row_S], slot_S)
-        for slot in slots:
-            self.sequences[slot].drawn = 1
+        self._note(slot_S, drawn)
 
     # --- decoding
 
+    def steps(self) -> int:
+        """How many times to decode before the next look."""
+        return min(self.look_every, max(self.max_tokens - s.drawn for s in self.sequences))
+
     def decode(self) -> None:
-        """One token for every active slot."""
-        active = len(self.sequences)
-        if not active:
+        """One token for every active slot. No sync."""
+        if self.engine.eviction is not None:
+            full = [i for i, s in enumerate(self.sequences) if s.held == self.cache.entries]
+            self._compress([i for i in full if self.sequences[i].drawn < self.max_tokens])
+        longest = 1 + max(s.held for s in self.sequences)
+        seen = -(-longest // self.seen_multiple) * self.seen_multiple
+        self._step(len(self.sequences), min(seen, self.cache.entries))
+        for sequence in self.sequences:
+            sequence.held = min(sequence.held + 1, self.cache.entries)
+            sequence.drawn += 1
+        self.engine.stats.decode_steps += 1
+
+    def _compress(self, slots: list[int]) -> None:
+        """Reduce slots to the budget. No sync."""
+        eviction = self.engine.eviction
+        assert eviction is not None, "without eviction a slot is as large as its sequence"
+        if not slots:
             return
+        lengths = [self.sequences[slot].held for slot in slots]
+        eviction.compress_(self.cache, self.memory, slots, lengths)
+        self.entry_S[torch.tensor(slots, device=self.decoder.device)] = eviction.budget
+        for slot in slots:
+            self.sequences[slot].held = eviction.budget
+            self.sequences[slot].whole = False
+        self.engine.stats.evictions += len(slots)
+
+    def _step(self, active: int, columns: int) -> None:
+        """The device's part: its shapes depend on `active` slots and `columns` entries alone."""
         slot_S = torch.arange(active, device=self.decoder.device)
-        entry_S = self.entry_S[:active]
+        entry_S, position_S = self.entry_S[:active], self.position_S[:active]
         token_S = self.token_ST[slot_S, self.drawn_S[:active] - 1]
-        longest = max(s.prompt_tokens + s.drawn for s in self.sequences)
-        cache = self.cache.decode(entry_S.clone(), min(longest, self.cache.entries))
-        hidden = self._layers(
-            self.decoder.embed(token_S[:, None]),
-            entry_S[:, None],
-            past_key_values=cache,
-            slot_mask=cache.mask,
-        )
+        cache = self.cache.decode(entry_S.clone(), columns)
+        seen = self._seen(cache, position_S, position_S + 1)
+        hidden = self._layers(self.decoder.embed(token_S[:, None]), position_S[:, None], **seen)
         # a sequence that has ended but was not looked at yet writes its last entry again and again
         entry_S.add_(1).clamp_(max=self.cache.entries - 1)
-        self._draw(self._logits(hidden[:, 0]), slot_S)
-        for sequence in self.sequences:
-            sequence.drawn = min(sequence.drawn + 1, self.token_ST.shape[1])
-        self.engine.stats.decode_steps += 1
+        position_S.add_(1).clamp_(max=self.last_position)
+        uniform_S = self.uniform_ST[slot_S, self._place(slot_S)]
+        self._note(slot_S, self._draw(self._logits(hidden[:, 0]), uniform_S))
+
+    def _seen(self, cache: Prefill | Extend | Decode, start_B: Tensor, end_B: Tensor) -> dict[str, object]:
+        """What the layers are called with to run positions [start, end) of each slot's sequence."""
+        seen: dict[str, object] = {"past_key_values": cache}
+        if not isinstance(cache, Prefill):
+            seen["slot_mask"] = cache.mask
+        if self.memory is not None:
+            seen["observe"] = partial(self.memory.observe, cache.slot_B, start_B, end_B)
+        return seen
 
     def _layers(self, hidden: Tensor, position_BT: Tensor | None, **extra: object) -> Tensor:
         arguments = self.decoder.arguments(hidden, position_BT)
@@ -206,68 +401,82 @@ class _Run:
         with self.decoder.norm() as norm:
             return self.decoder.logits(norm(hidden_BD))
 
-    def _draw(self, logit_SV: Tensor, slot_S: Tensor) -> None:
-        """Draw a token for each of these slots and note it with its log-probability. No sync."""
-        place_S = self.drawn_S[slot_S].clamp(max=self.token_ST.shape[1] - 1)
-        if self.temperature == 0:
-            logprob_SV = torch.log_softmax(logit_SV, dim=-1)
-            token_S = logit_SV.argmax(dim=-1)
-        else:
-            logprob_SV = torch.log_softmax(logit_SV / self.temperature, dim=-1)
-            token_S = _inverse_cdf(logprob_SV, self.uniform_ST[slot_S, place_S])
-        self.token_ST[slot_S, place_S] = token_S
-        self.logprob_ST[slot_S, place_S] = logprob_SV.gather(1, token_S[:, None])[:, 0]
+    def _draw(self, logit_SV: Tensor, uniform_S: Tensor) -> Drawn:
+        return draw(logit_SV, uniform_S, self.temperature, self.truncation)
+
+    def _place(self, slot_S: Tensor) -> Tensor:
+        """Where the next token of each slot is noted."""
+        return self.drawn_S[slot_S].clamp(max=self.token_ST.shape[1] - 1)
+
+    def _note(self, slot_S: Tensor, drawn: Drawn) -> None:
+        """Append a token to each of these slots. In place."""
+        place_S = self._place(slot_S)
+        self.token_ST[slot_S, place_S] = drawn.token_S
+        self.logprob_ST[slot_S, place_S] = drawn.logprob_S
+        self.policy_logprob_ST[slot_S, place_S] = drawn.policy_logprob_S
         self.drawn_S[slot_S] = place_S + 1
-        stops_S = torch.isin(token_S, self.stop_X)
+        stops_S = torch.isin(drawn.token_S, self.stop_X)
         end_S = torch.where(stops_S, place_S + 1, self.max_tokens + 1)
         self.end_S[slot_S] = torch.minimum(self.end_S[slot_S], end_S)
 
     # --- retirement
 
     def retire(self) -> Iterator[tuple[int, Rollout]]:
-        """Take out what has ended. Syncs with the device."""
+        """Hand out what has ended; its slots are `ended`. Syncs with the device."""
         end_S = self.end_S[: len(self.sequences)].tolist()
-        ended, out = [], []
-        for slot, (sequence, end) in enumerate(zip(self.sequences, end_S, strict=True)):
-            if end > min(sequence.drawn, self.max_tokens) and sequence.drawn < self.max_tokens:
+        texts = self._text_ends(end_S)
+        out = []
+        for slot, sequence in enumerate(self.sequences):
+            drawn = min(sequence.drawn, self.max_tokens)
+            end = min(end_S[slot], texts.get(slot, end_S[slot]))
+            if end > drawn and drawn < self.max_tokens:
                 continue
-            length = min(end, self.max_tokens)
-            rollout = Rollout(
-                prompt_ids=self.requests[sequence.index].prompt_ids,
-                response_ids=self.token_ST[slot, :length].cpu().numpy().copy(),
-                logprob_T=self.logprob_ST[slot, :length].cpu().numpy().copy(),
-                truncated=end > self.max_tokens,
-            )
-            if not np.isfinite(rollout.logprob_T).all():
-                raise FrugalError(
-                    "the policy's logits are not finite: the weights or the arithmetic have overflowed; "
-                    "go back to an earlier step, or lower learner.lr"
-                )
-            self.engine.stats.decoded_tokens += length
-            out.append((sequence.index, rollout))
-            ended.append(slot)
-        for slot in reversed(ended):
-            self._close(slot)
+            out.append((sequence.index, self._rollout(slot, min(end, drawn), truncated=end > drawn)))
+            self.ended.append(slot)
         yield from out
 
+    def _rollout(self, slot: int, length: int, *, truncated: bool) -> Rollout:
+        def row(value_ST: Tensor) -> np.ndarray:
+            return value_ST[slot, :length].cpu().numpy().copy()
+
+        rollout = Rollout(
+            prompt_ids=self.sequences[slot].prompt,
+            response_ids=row(self.token_ST),
+            logprob_T=row(self.logprob_ST),
+            truncated=truncated,
+            policy_logprob_T=row(self.policy_logprob_ST),
+        )
+        if not (np.isfinite(rollout.logprob_T).all() and np.isfinite(rollout.policy_logprob_T).all()):
+            raise FrugalError(
+                "the policy's logits are not finite: the weights or the arithmetic have overflowed; "
+                "go back to an earlier step, or lower learner.lr"
+            )
+        self.engine.stats.decoded_tokens += length
+        return rollout
+
+    def _text_ends(self, end_S: list[int]) -> dict[int, int]:
+        """Slots whose text holds a stop string, and how many tokens it takes to complete the first one."""
+        stop = self.engine.stop_text
+        if stop is None:
+            return {}
+        found = {}
+        token_ST = self.token_ST[: len(self.sequences)].cpu()
+        for slot, sequence in enumerate(self.sequences):
+            stop_at = min(end_S[slot], sequence.drawn, self.max_tokens)
+            start = max(0, sequence.read - stop.overlap_tokens)
+            end = stop.end(token_ST[slot, start:stop_at].tolist(), sequence.read - start)
+            if end is not None:
+                found[slot] = start + end
+            sequence.read = stop_at
+        return found
+
     def _close(self, slot: int) -> None:
-        """Free a slot: the last active sequence moves into it."""
+        """Free a slot: the last active one moves into it. In place."""
         last = len(self.sequences) - 1
         if slot != last:
             moved = self.sequences[last]
-            self.cache.copy_(last, [slot], min(moved.prompt_tokens + moved.drawn, self.cache.entries))
+            self._copy(last, [slot])
             for buffer in self.per_slot:
                 buffer[slot] = buffer[last]
             self.sequences[slot] = moved
         self.sequences.pop()
-
-
-def _inverse_cdf(logprob_SV: Tensor, uniform_S: Tensor) -> Tensor:
-    """The token at which the cumulative probability first exceeds uniform * total."""
-    cumulative_SV = logprob_SV.exp().cumsum(dim=-1)
-    threshold_S = uniform_S * cumulative_SV[:, -1]
-    # float32 rounding may lift the product to the total itself: stay below it
-    below_S = torch.nextafter(cumulative_SV[:, -1], torch.zeros_like(threshold_S))
-    threshold_S = torch.minimum(threshold_S, below_S)
-    token_S = torch.searchsorted(cumulative_SV, threshold_S[:, None], right=True)[:, 0]
-    return token_S.clamp(max=logprob_SV.shape[1] - 1)  # logits that are not finite find no token
