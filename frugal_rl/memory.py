@@ -4,7 +4,7 @@ The phases take turns on one device: the KV pool exists only while generating, b
 gradients only while learning. So the budget must hold the larger of
 
     generating: weights + slots * (KV entries + logits) + prefill
-    learning:   weights + boundary states + one layer's gradient + head + one micro-batch's activations
+    learning:   weights + boundary states + (a layer's gradient + a micro-batch's activations, or the head)
 
 (in both, a layer's copy where the weights are not stored in the format that is computed in), and what
 is left over the fixed parts decides `slots` and `micro_tokens`, the two numbers that nobody should have
@@ -222,17 +222,19 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
         "layer copies": _streamed_bytes(shape, work.storage_bytes, compute) if form.host else layer * copied,
         "patch": changed * form.patch_bytes,
         "step's changes": changed * WAITING_BYTES,
-        "gradient scratch": shape.layer_parameters * 2 * FLOAT32_BYTES,  # the sum, and the one being added
-        # the states that predict a response token, normed, and their gradient
-        "head": responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + HEAD_BYTES,
     }
+    # in turns: the head, and one layer after the other
+    # the states that predict a response token, normed, and their gradient
+    head = responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + HEAD_BYTES
+    # the sums of a layer, and the one matrix that is being added
+    gradients = (shape.layer_parameters + shape.hidden * shape.intermediate) * FLOAT32_BYTES
     if work.reference is not None:
         # it scores before the step begins: what its layers need beyond what the step has for its own
         theirs = _streamed_bytes(work.reference, work.storage_bytes, compute)
-        own = learning["layer copies"] + learning["step's changes"] + learning["gradient scratch"]
+        own = learning["layer copies"] + learning["step's changes"] + gradients
         learning["reference's layers"] = max(0, theirs - own)
     fixed = sum(learning.values())
-    smallest = fixed + work.longest * token
+    smallest = fixed + max(head, gradients + work.longest * token)
     weights_on_host = shape.parameters * work.storage_bytes if form.host else 0
     reference_on_host = work.reference.parameters * work.storage_bytes if work.reference is not None else 0
     ways = _boundary_states(shape, work, weights_on_host + reference_on_host)
@@ -242,7 +244,7 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
     room = budget_bytes - sum(generating.values())
     slots = max(1, min(work.sequences, room // slot))
     most = MOST_MICRO_TOKENS["device" if work.has_host else "host"]
-    fitting = (budget_bytes - fixed - kept.device_bytes) // token
+    fitting = (budget_bytes - fixed - gradients - kept.device_bytes) // token
     micro = max(work.longest, min(fitting, most, work.sequences * work.longest))
     if work.eviction:
         generating["eviction"] += slots * remembered
@@ -257,7 +259,9 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
         learning={
             **learning,
             "boundary states": kept.device_bytes,
+            "gradient scratch": gradients,
             "micro-batch": micro * token,
+            "head, beyond these two": max(0, head - gradients - micro * token),
         },
         host={
             "boundary states": kept.host_bytes,

@@ -66,7 +66,7 @@ def test_int8_weights_take_a_byte_an_entry_and_a_layer_in_the_compute_format() -
     assert low.learning["weights"] < 0.51 * whole.learning["weights"]
     assert low.learning["layer copies"] == 2 * shape.layer_parameters
     assert low.budget_bytes == whole.budget_bytes
-    assert low.micro_tokens >= whole.micro_tokens
+    assert whole.boundary_on_host and not low.boundary_on_host  # the states fit in the place of the weights
 
 
 def test_parameters_of_a_known_model() -> None:
@@ -250,7 +250,7 @@ def test_more_work_never_needs_less() -> None:
 
 
 def test_what_would_fit_does_and_one_more_does_not() -> None:
-    shape, budget = Shape.from_config(QWEN_7B), 35 * GIB // 2
+    shape, budget = Shape.from_config(QWEN_7B), 33 * GIB // 2
     advice = what_would(shape, WORK, budget)
     found = re.match(r"(\d+) sequences of 1024 tokens or 64 sequences with max_tokens = (\d+) would", advice)
     assert found is not None, advice

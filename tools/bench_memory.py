@@ -12,10 +12,10 @@ of which the first quarter is the prompt, with a policy-gradient loss. Each arm 
                        at once, rollouts handed to it; needs trl, a dependency of this script only
 
 `over`: peak resident memory over that of the process once torch and transformers' model class (and TRL)
-are imported. The learner's memory is divided by the plan from `--budget`. The gradient of random weights
-has no small entries: `--lr` is set so that a step changes the share of entries that the plan counts, 0.4 %
-(trained models change less). For the bf16 plain arms `--plain-sequences` may be smaller, as bf16 products
-are slow on a CPU without bf16 units: their memory grows with the sequences, so the ratio is at most that.
+are imported. The learner's memory is divided by the plan from `--budget`. Random weights have a dense
+gradient: `--lr` is set so that a step changes some 0.1 % of the entries, as with trained models. For the
+bf16 plain arms `--plain-sequences` may be smaller, as bf16 products are slow on a CPU without bf16 units:
+their memory grows with the sequences, so the ratio is at most that.
 
 MEASURED
 """
@@ -58,6 +58,7 @@ QWEN_05B = {
     "eos_token_id": None,
 }
 CLIP = 1.0
+SCALE = 0.02  # of the loss: the norm is then below the clip, as in training
 FORMS = ("bf16", "int8", "host")
 
 
@@ -147,7 +148,7 @@ def learner_step(options: Options) -> dict[str, Any]:
     decoder = Decoder(config, weights)
     learner = Learner(decoder, options.lr, CLIP, 1.0, planned.micro_tokens, boundary_every=every)
     began = time.perf_counter()
-    step = learner.step(rollouts, lambda logprob_BT: (-(logprob_BT.mean(1) * advantage_B).mean(), {}))
+    step = learner.step(rollouts, lambda logprob_BT: (-SCALE * (logprob_BT.mean(1) * advantage_B).mean(), {}))
     return {
         "baseline_bytes": baseline,
         "seconds": time.perf_counter() - began,
@@ -187,7 +188,7 @@ def plain_step(options: Options) -> dict[str, Any]:
     loss_BT = torch.nn.functional.cross_entropy(
         logit_BTV.flatten(0, 1), token_BT[:, first:].flatten(), reduction="none"
     ).view(options.sequences, -1)
-    (loss_BT.mean(1) * advantage_B).mean().backward()
+    (SCALE * (loss_BT.mean(1) * advantage_B).mean()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimiser.step()
     return {"baseline_bytes": baseline, "seconds": time.perf_counter() - began}
@@ -299,7 +300,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of a sequence, prompt included")
     parser.add_argument("--budget", default="64GiB", help="of memory, that the plan divides [64GiB]")
     parser.add_argument("--boundary-every", type=int, help="layers [as planned]")
-    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--json", type=Path, help="append a line an arm to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
