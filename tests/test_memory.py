@@ -250,13 +250,13 @@ def test_more_work_never_needs_less() -> None:
 
 
 def test_what_would_fit_does_and_one_more_does_not() -> None:
-    shape, budget = Shape.from_config(QWEN_7B), 33 * GIB // 2
-    advice = what_would(shape, WORK, budget)
+    shape, budget, work = Shape.from_config(QWEN_7B), 19 * GIB, replace(WORK, has_host=False)
+    advice = what_would(shape, work, budget)
     found = re.match(r"(\d+) sequences of 1024 tokens or 64 sequences with max_tokens = (\d+) would", advice)
     assert found is not None, advice
     for field, most in (("sequences", int(found[1])), ("response_tokens", int(found[2]))):
-        assert lay_out(shape, replace(WORK, **{field: most}), budget).fits
-        assert not lay_out(shape, replace(WORK, **{field: most + 1}), budget).fits
+        assert lay_out(shape, replace(work, **{field: most}), budget).fits
+        assert not lay_out(shape, replace(work, **{field: most + 1}), budget).fits
     assert "smaller model" in what_would(shape, WORK, 10 * GIB)
 
 
