@@ -138,7 +138,6 @@ def learner_step(options: Options) -> dict[str, Any]:
             np.zeros(tokens - prompt, np.float32),
             False,
             np.zeros(tokens - prompt, np.float32),
-            np.zeros(tokens - prompt, np.float32),
         )
         for _ in range(sequences)
     ]
