@@ -4,8 +4,8 @@ r"""From a response to a verdict, and from the verdict to a reward.
                                   \--what only algebra can tell--> math-verify in a worker
 
 Invariants
-- A verdict is what is known: CORRECT, WRONG, NO_ANSWER (nothing to judge), TIMEOUT, ERROR (no one
-  knows). The last two are never a WRONG in disguise; what they pay is a setting.
+- A verdict is what is known: CORRECT, WRONG, NO_ANSWER (nothing to judge), TIMEOUT (its limit of time,
+  memory or stack was reached), ERROR (no one knows). The last two are never a WRONG in disguise; what they pay is a setting.
 - Results come in the order of the pairs. The same gold and answer are sent to a worker once.
 - Quick decisions are exact: strings, integers, decimals and fractions as `Fraction`; no float, no eval.
 - One answer is judged, the last one given, so naming several gains nothing. Chains of `=`,
@@ -240,7 +240,8 @@ class Verifier:
         seconds = quick_s + outcome.seconds
         if outcome.ended is Ended.RETURNED:
             return self._judgement(Verdict[outcome.value["verdict"]], seconds, outcome.value["detail"])
-        verdict = Verdict.TIMEOUT if outcome.ended is Ended.TIMEOUT else Verdict.ERROR
+        over = outcome.ended in (Ended.TIMEOUT, Ended.EXHAUSTED)  # of time, memory or stack
+        verdict = Verdict.TIMEOUT if over else Verdict.ERROR
         return self._judgement(verdict, seconds, outcome.detail)
 
     def _judgement(self, verdict: Verdict, seconds: float, detail: str) -> Judgement:
