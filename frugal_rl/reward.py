@@ -5,7 +5,8 @@ r"""From a response to a verdict, and from the verdict to a reward.
 
 Invariants
 - A verdict is what is known: CORRECT, WRONG, NO_ANSWER (nothing to judge), TIMEOUT (its limit of time,
-  memory or stack was reached), ERROR (no one knows). The last two are never a WRONG in disguise; what they pay is a setting.
+  memory or stack was reached), ERROR (no one knows). The last two are never a WRONG in disguise; what
+  they pay is a setting.
 - Results come in the order of the pairs. The same gold and answer are sent to a worker once.
 - Quick decisions are exact: strings, integers, decimals and fractions as `Fraction`; no float, no eval.
 - One answer is judged, the last one given, so naming several gains nothing. Chains of `=`,
