@@ -26,33 +26,15 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import time
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import asdict, dataclass, field
 from typing import Final, Protocol, Self, TypeVar
 
-from frugal_rl.answers import (
-    ANSWER_CHARACTERS,
-    CORRECT,
-    NUMBER,
-    Decided,
-    Quick,
-    Undecided,
-    Verdict,
-    compare_math,
-    final_answer,
-    last_boxed,
-    marked_or_last_line,
-    no_answer,
-    normalise,
-    quantity,
-    wrong,
-)
+from frugal_rl.answers import Verdict, last_boxed
 from frugal_rl.errors import InputError
+from frugal_rl.judges import KINDS, Decided, Quick, Undecided, compare_math, wrong
 from frugal_rl.workers import MEMORY_BYTES, Ended, Outcome, Pool
 
 REMEMBERED: Final = 20_000  # answers whose verdict is kept; a group's samples often agree
@@ -74,63 +56,6 @@ class Golden(Protocol):
 
 
 G = TypeVar("G", bound=Golden)
-
-
-def judge_math(gold: str, response: str) -> Quick:
-    answer = final_answer(response)
-    if answer is None:
-        return no_answer(r"no \boxed{}, #### or <answer>")
-    return compare_math(gold, answer)
-
-
-# ---- the other rewards ----
-
-
-def judge_exact(gold: str, response: str) -> Quick:
-    """The marked answer, else the last line; spaces and accents in one spelling, case kept."""
-    answer = marked_or_last_line(response)
-    if not answer:
-        return no_answer("the response is empty")
-    spelled = (" ".join(unicodedata.normalize("NFC", text).split()) for text in (gold, answer))
-    return CORRECT if len(set(spelled)) == 1 else wrong()
-
-
-def judge_numeric(gold: str, response: str, tolerance: float = 1e-6) -> Quick:
-    """|answer - gold| <= tolerance * max(1, |gold|); of the marked answer, or the last line's last
-    number."""
-    marked = final_answer(response)
-    line = marked_or_last_line(response)
-    if len(line) > ANSWER_CHARACTERS:
-        return wrong(f"{len(line)} characters, over {ANSWER_CHARACTERS}")
-    true, value = quantity(normalise(gold)), quantity(normalise(line))
-    if true is None:
-        return Decided(Verdict.ERROR, f"the gold answer {gold[:80]!r} is not a number")
-    if value is None and marked is None:
-        numbers = [match.group() for match in NUMBER.finditer(line)]
-        value = quantity(normalise(numbers[-1])) if numbers else None
-    if value is None:
-        return wrong("not a number") if marked else no_answer("no number")
-    near = abs(value.value - true.value) <= Fraction(tolerance) * max(Fraction(1), abs(true.value))
-    return CORRECT if near else wrong()
-
-
-_LAST = re.compile(r"[;=\s]")
-
-
-def judge_last(gold: str, response: str) -> Quick:
-    """What follows the last `;`, `=` or space, letter by letter: `7+8=15;5+1=6;6` answers 6."""
-    answer = _LAST.split(response.strip())[-1]
-    if not answer:
-        return no_answer("nothing after the last mark")
-    return CORRECT if answer == gold.strip() else wrong()
-
-
-KINDS: Final[dict[str, Callable[[str, str], Quick]]] = {
-    "exact": judge_exact,
-    "numeric": judge_numeric,
-    "math": judge_math,
-    "last": judge_last,
-}
 
 
 # ---- the verifier ----
@@ -225,15 +150,15 @@ class Verifier:
         if self._pool is None:
             workers = self.workers or max(1, min(8, (os.cpu_count() or 2) - 1))
             self._pool = Pool(
-                "frugal_rl.answers:sympy_equal",
+                "frugal_rl.algebra:sympy_equal",
                 workers=workers,
                 timeout_s=self.timeout_s,
                 memory_bytes=self.memory_bytes,
-                warm_up={"gold": r"\frac{x}{2}", "answers": [r"\sqrt{x^2+1}"]},
+                warm_up={"gold": r"\frac{x}{2}", "answer": r"\sqrt{x^2+1}", "identical": True},
             )
         if len(self._known) >= REMEMBERED:
             self._known.clear()
-        asked = self._pool.submit({"gold": question.gold, "answers": question.answers})
+        asked = self._pool.submit(asdict(question))
         self._known[question] = asked
         return asked
 

@@ -17,7 +17,7 @@ PACKAGE = Path(frugal_rl.__file__).parent
 LEVELS = [
     ["errors"],
     ["container", "codes", "patch", "config", "rollout", "tasks", "console"],
-    ["undo", "checkpoint", "workers", "answers"],
+    ["undo", "checkpoint", "workers", "quantities", "answers", "structure", "judges", "algebra"],
     ["live", "problems", "reward", "loss", "memory", "models", "shapes"],
     ["doctor", "storage", "weights"],
     ["decoder"],
