@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 import click
 
 from .cli_patch import patch, print_result
+from .cli_reward import reward
 from .config import Model as ModelSection
 from .config import Recipe, list_recipes, load_recipe, parse_bytes, read_recipe, toml_value
 from .console import Console, size
@@ -69,6 +70,7 @@ def cli() -> None:
 
 
 cli.add_command(patch)
+cli.add_command(reward)
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -91,7 +91,7 @@ def judge_exact(gold: str, response: str) -> Quick:
     return CORRECT if len(set(spelled)) == 1 else wrong()
 
 
-def judge_numeric(gold: str, response: str, tolerance: float = 1e-6) -> Quick:
+def judge_numeric(gold: str, response: str, tolerance: str = "1e-6") -> Quick:
     """|answer - gold| <= tolerance * max(1, |gold|); of the marked answer, or the last line's last
     number."""
     marked = final_answer(response)
@@ -106,7 +106,7 @@ def judge_numeric(gold: str, response: str, tolerance: float = 1e-6) -> Quick:
         value = quantity(normalise(numbers[-1])) if numbers else None
     if value is None:
         return wrong("not a number") if marked else no_answer("no number")
-    near = abs(value.value - true.value) <= Fraction(tolerance) * max(Fraction(1), abs(true.value))
+    near = abs(value.value - true.value) <= Fraction(str(tolerance)) * max(Fraction(1), abs(true.value))
     return CORRECT if near else wrong()
 
 
@@ -121,9 +121,59 @@ def judge_last(gold: str, response: str) -> Quick:
     return CORRECT if answer == gold.strip() else wrong()
 
 
-KINDS: Final[dict[str, Callable[[str, str], Quick]]] = {
+_LETTER = re.compile(r"(?<![A-Za-z0-9])\(?([A-J])\)?(?![A-Za-z0-9'])")
+
+
+def judge_choice(gold: str, response: str) -> Quick:
+    """The letter of the marked answer; without a mark the only letter of the last line that has one."""
+    true = _LETTER.search(gold.strip().upper())
+    if true is None:
+        return Decided(Verdict.ERROR, f"the gold answer {gold[:80]!r} is no letter from A to J")
+    marked = final_answer(response)
+    if marked is not None:
+        letters = _LETTER.findall(normalise(marked[:ANSWER_CHARACTERS]).replace(r"\text", " "))
+        if not letters and len(marked) == 1:
+            letters = [marked.upper()]
+    else:
+        lines = [found for line in response.splitlines() if (found := _LETTER.findall(line))]
+        letters = lines[-1] if lines else []
+    if not letters:
+        return no_answer("no letter")
+    if len(set(letters)) > 1 and (marked is None or not re.match(r"\W*[A-J]\W", marked)):
+        return wrong("several letters")
+    return CORRECT if letters[0] == true[1] else wrong()
+
+
+def judge_tags(gold: str, response: str, *names: str) -> Quick:
+    """`<a>...</a><b>...</b>`: each tag once, in this order, with only spaces between and around them."""
+    at = 0
+    for name in names:
+        opening, closing = f"<{name}>", f"</{name}>"
+        if response.count(opening) != 1 or response.count(closing) != 1:
+            return wrong(f"<{name}> does not stand there once")
+        start, end = response.find(opening), response.find(closing)
+        if start < at or end < start or response[at:start].strip():
+            return wrong(f"text before <{name}>")
+        at = end + len(closing)
+    return wrong("text after the last tag") if response[at:].strip() else CORRECT
+
+
+def overlong(response: str, free: str, most: str) -> float:
+    """0 up to `free` characters, from there straight down to -1 at `most` and beyond.
+
+    Source: DAPO's soft overlong punishment, arXiv 2503.14476 eq. 13, in characters.
+    """
+    low, high = int(free), int(most)
+    if not 0 <= low < high:
+        raise ValueError(f"overlong({free}, {most}): expected fewer free characters than at most")
+    return -min(1.0, max(0.0, (len(response) - low) / (high - low)))
+
+
+KINDS: Final[dict[str, Callable[..., Quick]]] = {
     "exact": judge_exact,
     "numeric": judge_numeric,
     "math": judge_math,
     "last": judge_last,
+    "choice": judge_choice,
+    "tags": judge_tags,
 }

@@ -24,17 +24,20 @@ It calls `1204_8` equal to `1204_9`, `40 inches` to `40 feet`, `\{1,2\}` to the 
 
 from __future__ import annotations
 
-import difflib
 import os
+import re
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
-from typing import Final, Protocol, Self, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from typing import Any, Final, Protocol, Self, TypeVar
 
 from frugal_rl.answers import Verdict, last_boxed
 from frugal_rl.errors import InputError
-from frugal_rl.judges import KINDS, Decided, Quick, Undecided, compare_math, wrong
+from frugal_rl.judges import KINDS, Quick, Undecided, compare_math, overlong, wrong
+from frugal_rl.kinds import Part, read_kind
 from frugal_rl.workers import MEMORY_BYTES, Ended, Outcome, Pool
 
 REMEMBERED: Final = 20_000  # answers whose verdict is kept; a group's samples often agree
@@ -46,6 +49,7 @@ class Judgement:
     reward: float
     seconds: float
     detail: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)  # of a sum: each part's own reward
 
 
 class Golden(Protocol):
@@ -63,7 +67,7 @@ G = TypeVar("G", bound=Golden)
 
 @dataclass
 class Verifier:
-    """Judges by one of KINDS. A context manager; workers start when the first is needed."""
+    """Judges by a `reward.kind` (kinds.py). A context manager; workers start when the first is needed."""
 
     kind: str
     workers: int | None = None  # absent: one less than the processors, at most 8
@@ -71,14 +75,22 @@ class Verifier:
     on_timeout: float = 0.0
     on_error: float = 0.0
     memory_bytes: int = MEMORY_BYTES
-    _pool: Pool | None = field(default=None, init=False, repr=False)
+    parts: tuple[Part, ...] = field(init=False)
+    _pools: dict[str, Pool] = field(default_factory=dict, init=False, repr=False)
     _known: dict[Undecided, Future[Outcome]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            near = difflib.get_close_matches(self.kind, KINDS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"unknown reward {self.kind!r}, expected one of {', '.join(KINDS)}{hint}")
+        self.parts = read_kind(self.kind)
+        for part in self.parts:  # bad arguments are refused now
+            try:
+                if part.name == "numeric" and part.arguments and Fraction(part.arguments[0]) < 0:
+                    raise ValueError(part.arguments[0])
+                if part.name == "overlong":
+                    overlong("", *part.arguments)
+                if part.name == "format":
+                    re.compile(part.arguments[0])
+            except (ValueError, ZeroDivisionError, re.error) as error:
+                raise InputError(f"reward {part.name}({', '.join(part.arguments)}): {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -87,10 +99,10 @@ class Verifier:
         self.close()
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-            self._known.clear()
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        self._known.clear()
 
     def judge(self, pairs: Iterable[tuple[Golden, str]]) -> list[Judgement]:
         """In the order of the pairs. Raises FrugalError if workers cannot start."""
@@ -98,17 +110,21 @@ class Verifier:
 
     def submit(self, problem: Golden, response: str) -> Future[Judgement]:
         """The same without waiting: generation goes on while workers verify."""
-        begun = time.perf_counter()
-        decided = KINDS[self.kind](problem.answer, response)
-        return self._settle(decided, time.perf_counter() - begun)
+        futures = [self._submit(part, problem, response) for part in self.parts]
+        if len(futures) == 1 and self.parts[0].weight == 1:
+            return futures[0]
+        return _summed(self.parts, futures)
 
     def check_golds(self, problems: Sequence[G]) -> list[tuple[G, str]]:
         """The problems whose gold is not found equal to itself, with the reason.
 
         For math, spelling does not count: a gold passes if it is understood, so that another form
-        of it would be too.
+        of it would be too. Of a sum the first part is asked; what is no comparison with a gold, never.
         """
-        futures = [self._settle(self._check(problem.answer), 0.0) for problem in problems]
+        first = self.parts[0]
+        if first.function is not None or first.name in ("tags", "overlong"):
+            return []
+        futures = [self._settle(self._check(first, problem.answer), 0.0) for problem in problems]
         judged = zip(problems, [future.result() for future in futures], strict=True)
         return [
             (problem, f"{judgement.verdict.value}: {judgement.detail or 'not equal to itself'}")
@@ -116,19 +132,50 @@ class Verifier:
             if judgement.verdict is not Verdict.CORRECT
         ]
 
-    def _check(self, gold: str) -> Quick:
-        if self.kind != "math":
-            return KINDS[self.kind](gold, gold)
+    def _check(self, part: Part, gold: str) -> Quick:
+        if part.name != "math":
+            return KINDS[part.name](gold, gold, *part.arguments)
         boxed = last_boxed(rf"\boxed{{{gold}}}")
         if boxed != gold:
             return wrong("its braces are not balanced")
         return compare_math(gold, gold, identical=False)
 
-    def _settle(self, quick: Quick, seconds: float) -> Future[Judgement]:
-        future: Future[Judgement] = Future()
-        if isinstance(quick, Decided):
-            future.set_result(self._judgement(quick.verdict, seconds, quick.detail))
+    def _submit(self, part: Part, problem: Golden, response: str) -> Future[Judgement]:
+        begun = time.perf_counter()
+        if part.function is not None:
+            fields = {**getattr(problem, "row", {}), "answer": problem.answer}
+            for name in ("prompt", "id"):
+                if hasattr(problem, name):
+                    fields.setdefault(name, getattr(problem, name))
+            payload = {
+                "function": part.function,
+                "problem": fields,
+                "response": response,
+                "arguments": part.arguments,
+            }
+            pool = self._pool("frugal_rl.custom:call", part.function, {"function": part.function})
+            where = str(fields.get("id", fields["answer"]))[:80]
+            return self._follow(pool.submit(payload), 0.0, f"{part.name} on {where}: ")
+        if part.name == "overlong":
+            paid = overlong(response, *part.arguments)
+            verdict = Verdict.CORRECT if paid == 0 else Verdict.WRONG
+            judgement = Judgement(verdict, paid, time.perf_counter() - begun)
+            future: Future[Judgement] = Future()
+            future.set_result(judgement)
             return future
+        decided = KINDS[part.name](problem.answer, response, *part.arguments)
+        return self._settle(decided, time.perf_counter() - begun)
+
+    def _settle(self, quick: Quick, seconds: float) -> Future[Judgement]:
+        if isinstance(quick, Undecided):
+            return self._follow(self._ask(quick), seconds)
+        future: Future[Judgement] = Future()
+        future.set_result(self._judgement(quick.verdict, seconds, quick.detail))
+        return future
+
+    def _follow(self, asked: Future[Outcome], seconds: float, where: str = "") -> Future[Judgement]:
+        """The judgement of an outcome; `where` goes before what an error says."""
+        future: Future[Judgement] = Future()
         future.set_running_or_notify_cancel()
 
         def finish(asked: Future[Outcome]) -> None:
@@ -138,37 +185,45 @@ class Verifier:
             elif error is not None:
                 future.set_exception(error)
             else:
-                future.set_result(self._from_outcome(asked.result(), seconds))
+                future.set_result(self._from_outcome(asked.result(), seconds, where))
 
-        self._ask(quick).add_done_callback(finish)
+        asked.add_done_callback(finish)
         return future
 
     def _ask(self, question: Undecided) -> Future[Outcome]:
         known = self._known.get(question)
         if known is not None and not (known.done() and _unsettled(known)):
             return known
-        if self._pool is None:
-            workers = self.workers or max(1, min(8, (os.cpu_count() or 2) - 1))
-            self._pool = Pool(
-                "frugal_rl.algebra:sympy_equal",
-                workers=workers,
-                timeout_s=self.timeout_s,
-                memory_bytes=self.memory_bytes,
-                warm_up={"gold": r"\frac{x}{2}", "answer": r"\sqrt{x^2+1}", "identical": True},
-            )
+        warm_up = {"gold": r"\frac{x}{2}", "answer": r"\sqrt{x^2+1}", "identical": True}
+        pool = self._pool("frugal_rl.algebra:sympy_equal", "math", warm_up)
         if len(self._known) >= REMEMBERED:
             self._known.clear()
-        asked = self._pool.submit(asdict(question))
+        asked = pool.submit(asdict(question))
         self._known[question] = asked
         return asked
 
-    def _from_outcome(self, outcome: Outcome, quick_s: float) -> Judgement:
+    def _pool(self, target: str, name: str, warm_up: dict[str, Any]) -> Pool:
+        """The workers of one function: a template each, forked with what it imports."""
+        if name not in self._pools:
+            self._pools[name] = Pool(
+                target,
+                workers=self.workers or max(1, min(8, (os.cpu_count() or 2) - 1)),
+                timeout_s=self.timeout_s,
+                memory_bytes=self.memory_bytes,
+                warm_up=warm_up,
+            )
+        return self._pools[name]
+
+    def _from_outcome(self, outcome: Outcome, quick_s: float, where: str) -> Judgement:
         seconds = quick_s + outcome.seconds
         if outcome.ended is Ended.RETURNED:
-            return self._judgement(Verdict[outcome.value["verdict"]], seconds, outcome.value["detail"])
+            value = outcome.value
+            judgement = self._judgement(Verdict[value["verdict"]], seconds, value["detail"])
+            paid = value.get("reward")
+            return judgement if paid is None else replace(judgement, reward=paid)
         over = outcome.ended in (Ended.TIMEOUT, Ended.EXHAUSTED)  # of time, memory or stack
         verdict = Verdict.TIMEOUT if over else Verdict.ERROR
-        return self._judgement(verdict, seconds, outcome.detail)
+        return self._judgement(verdict, seconds, where + outcome.detail)
 
     def _judgement(self, verdict: Verdict, seconds: float, detail: str) -> Judgement:
         paid = {
@@ -177,6 +232,39 @@ class Verifier:
             Verdict.ERROR: self.on_error,
         }
         return Judgement(verdict, paid.get(verdict, 0.0), seconds, detail)
+
+
+def _summed(parts: Sequence[Part], futures: Sequence[Future[Judgement]]) -> Future[Judgement]:
+    """The first verdict with the weighted sum of all rewards; a part's ERROR or TIMEOUT is the sum's."""
+    total: Future[Judgement] = Future()
+    total.set_running_or_notify_cancel()
+    left = [len(futures)]
+    lock = threading.Lock()
+
+    def finish(_: Future[Judgement]) -> None:
+        with lock:
+            left[0] -= 1
+            if left[0]:
+                return
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            total.set_exception(errors[0])
+            return
+        judged = [future.result() for future in futures]
+        failed = [j for j in judged if j.verdict in (Verdict.ERROR, Verdict.TIMEOUT)]
+        paid = {part.name: one.reward for part, one in zip(parts, judged, strict=True)}
+        total.set_result(
+            replace(
+                (failed or judged)[0],
+                reward=sum(part.weight * one.reward for part, one in zip(parts, judged, strict=True)),
+                seconds=max(one.seconds for one in judged),
+                parts=paid,
+            )
+        )
+
+    for future in futures:
+        future.add_done_callback(finish)
+    return total
 
 
 def _unsettled(known: Future[Outcome]) -> bool:

@@ -197,7 +197,7 @@ def _same(gold: str, answer: str, leaf: Leaf) -> bool | None:
     ):
         decided = rule(gold, answer, leaf)
         if decided is not NotImplemented:
-            return decided  # type: ignore[no-any-return]
+            return decided
     return leaf(gold, answer)
 
 
