@@ -159,7 +159,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits)(?![a-zA-Z])", ""),
         (r"(?<!\\)\\!|(?<![\\a-zA-Z])\{\}", ""),
-        (r"\\(?:phantom|hspace|vspace)\*?\{[^{}]*\}", ""),
+        (r"\\(?:h?phantom|hspace|vspace)\*?\s*(?:\{[^{}]*\}|[-+])", ""),
         (r"(?<=\d)\{,\}(?=\d)", ","),
         (r"(?<=\d)\\,(?=\d{3}(?!\d))", " "),
         (r"(?<=\d),\s+(?=[-+.\d])", ";"),  # 1, 234 is a list, 1,234 a number
@@ -173,6 +173,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
         (r"\^\s*(\d+|[a-zA-Z])", r"^{\1}"),
         (r"^\s*\\approx", ""),
+        (r"(?<=.)\s*\\(?:approx|simeq)\s*-?[\d.,]+\s*$", ""),  # 6\sqrt{3} \approx 10.39 says 6\sqrt{3}
         (
             r"\\(?:textbf|textit|textrm|textnormal|textsf|texttt|emph|mbox|mathrm|mathbf|mathit|mathsf"
             r"|operatorname|hbox|bf|rm|text)\*?\s*\{",
@@ -180,6 +181,15 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
         (r"\\text\{\s*\\text\{([^{}]*)\}\s*\}", r"\\text{\1}"),
         (r"\\text\{\s*\}", ""),
+        (r"\\text\{\s*([ie])\s*\}", r"\1"),
+        (r"\\text\{\s*([-+]?[\d.]+ [^{}]*)\}$", r"\1"),  # \text{10 meters}
+        (r"\\(?:text)?color\s*\{\w+\}|\\underline(?=\{)", ""),
+        (r"\\(?:bf|rm|it|large|Large|LARGE|huge|Huge|normalsize|textstyle|scriptstyle)(?![a-zA-Z])", ""),
+        (r"\\log_\{?e\}?", r"\\ln "),
+        (r"\.\.\.", r"\\ldots "),
+        (r"\\{1,2}\s*$", ""),
+        (r"\\text\{\s*(\\%)\s*\}", r"\1"),
+        (r"^\\text\{[A-Za-z ]+:\s*\}", ""),  # \text{Total: }5
         (r"\\text\{\s*([-+\d.,/ ]*\d)\s*\}", r"\1"),
         (r"\\text\{([^{}]*?)\^\{?([23])\}?\s*\}", r"\\text{\1}^{\2}"),  # \text{cm^2}
         (r"(?<=\d)(?:\^\{?)?\s*\\text\{(?:st|nd|rd|th)\}\}?|(?<=\d)(?:\^\{)?(?:st|nd|rd|th)\b\}?", ""),
@@ -250,6 +260,8 @@ def _to_ascii(text: str) -> str:
         if raised:
             parts.append("}")
             raised = False
+        if unicodedata.category(character) == "Cf":  # a byte order mark, a zero-width space
+            continue
         if character.isdecimal():
             parts.append(str(unicodedata.digit(character)))
         else:

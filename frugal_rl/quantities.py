@@ -39,6 +39,7 @@ _UNIT = re.compile(
 TEXT: Final = re.compile(r"\\text\s*\{([^{}]*)\}")
 _NOT_UNITS = re.compile(
     r"\b(?:or|and|not|pi|mod|more|less|least|most|if|is|are|but|nor|than|to|sqrt|sin|cos|tan|log|ln|about"
+    r"|tenths?|halves|half|thirds|fourths|fifths|sixths|eighths|hundredths|thousandths|factorial|ish|k"
     r"|approximately|maybe|plus|minus|times|over|divided|either|between|wrong|incorrect)\b"
 )
 _SCALES: Final = {
@@ -193,6 +194,8 @@ def unit_of(text: str) -> str | None:
             scale = word.rstrip("s") if word not in _SCALES else word
         else:
             kept.append(word if word in _KNOWN else word.rstrip("s") or word)
+    if power and not kept:  # 5 squared
+        return None
     unit = " ".join(kept).replace(" / ", "/") + (f"^{power}" if power else "")
     return f"{scale} {unit}".strip() if scale else unit
 
@@ -232,6 +235,8 @@ def same_quantity(gold: Quantity, answer: Quantity) -> str | None:
     ratio = unit_ratio(gold.unit, answer.unit)
     if ratio is None:
         return f"the unit is {answer.unit}, not {gold.unit}"
+    if (gold.percent and answer.unit) or (gold.unit and answer.percent):
+        return "a percentage and a unit"
     if gold.percent == answer.percent:
         return None if gold.value == answer.value * ratio else "another number"
     hundredth = Fraction(1, 100)

@@ -48,6 +48,7 @@ _NAME = re.compile(
 _NAMES = re.compile(rf"(?:{_NAME.pattern})(?:[+-](?:{_NAME.pattern}))*")
 _CHOICE = re.compile(r"^(?:\\text\{)?(?:option|choice|answer)? ?\(?([A-Ha-h])\)?[).:]?\}?$", re.IGNORECASE)
 _LABELLED = re.compile(r"^(?:\\text\{)?(?:\(([A-H])\)|([A-H])[).:])\}?\s*(?:\\text\{)?(.+?)\}?$")
+_LABEL = re.compile(r"\([A-H]\)|(?<![A-Za-z])[A-H][).]")
 _TRAILING_UNIT = re.compile(
     r"^(.*[^ ])((?: ?\\text\{[^{}]*\}|(?<=[\d})]) [A-Za-z]{2,}(?: [a-z]+){0,2})(?:\^\{\d\})?)$"
 )
@@ -61,25 +62,18 @@ _PM = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 _RELATIONS = {"<": "<", ">": ">", r"\leq": "<=", r"\geq": ">="}
 _NOTHING = re.compile(r"\\emptyset|(?:there (?:is|are) )?no(?: real)? solutions?|none|(?:the )?empty set")
 _EVERYTHING = re.compile(r"(?:(?:all|any|every) )?(?:the )?real(?: numbers?)?s?")
-_DIGITS = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-)
+_UP_TO_TWENTY = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+    fifteen sixteen seventeen eighteen nineteen twenty"""
+_DIGITS = tuple(re.findall("[a-z]+", _UP_TO_TWENTY))
 _ANGLE_OF = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _SPANNING = re.compile(r"\\cup|[<>]|\\leq|\\geq|\\neq|\\infty|\\mid|\\in(?![a-z])")
 _SETS = re.compile(r"\\(?:setminus|cap|mathbb)|\\backslash")
 _WRAPPED_LIST = re.compile(r"\\text\{([^{}]*,[^{}]*)\}")
+
+
+_AND = r",? ?(?:\\text\{ ?and ?\}|and|\\wedge|\\land) ?"
+_BETWEEN = re.compile(rf"^([^<>]+)(<|\\leq)([a-z]){_AND}\3(<|\\leq)([^<>]+)$")
+_BETWEEN_TURNED = re.compile(rf"^([a-z])(>|\\geq)([^<>]+?){_AND}\1(<|\\leq)([^<>]+)$")
 
 
 @dataclass(frozen=True)
@@ -164,8 +158,9 @@ def all_of(found: Sequence[bool | None]) -> bool | None:
 
 def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
     """Whether they are equal; None if the leaf does not know. Raises: Refused, RecursionError."""
-    for part in split_list(answer).items:
-        if len(sides(part)) > max(2, len(sides(gold))):
+    longest = max(len(sides(part)) for part in split_list(_listed_words(gold)).items)
+    for part in split_list(_listed_words(answer)).items:
+        if len(sides(part)) > max(2, longest):
             raise Refused("a chain of =")
     spoken = words(answer)
     for pattern, what in (
@@ -205,7 +200,13 @@ def _listed_words(text: str) -> str:
     r"""`1 and 2` as `1;2`, and `\text{B,C}` as two texts."""
     if wrapped := _WRAPPED_LIST.fullmatch(text):
         text = ";".join(rf"\text{{{part.strip()}}}" for part in wrapped[1].split(","))
+    text = _BETWEEN.sub(r"\1\2\3\4\5", _BETWEEN_TURNED.sub(_ascending, text))
     return _CONNECTIVE.sub(";", text) if "and" in text or "or" in text else text
+
+
+def _ascending(match: re.Match[str]) -> str:
+    """`x>1 and x<3` as `1<x<3`."""
+    return match[3] + match[2].replace(">", "<").replace("g", "l") + match[1] + match[4] + match[5]
 
 
 def _plain_words(text: str) -> str | None:
@@ -223,11 +224,15 @@ def _as_words(gold: str, answer: str, leaf: Leaf) -> Any:
         if chosen:
             return chosen[1] == choice[1] or (len(answer) > 1 and chosen[1].upper() == choice[1])
         if labelled := _LABELLED.match(answer):
-            return (labelled[1] or labelled[2]) == choice[1]
+            several = _LABEL.search(labelled[3]) or _CHOICE.match(labelled[3])
+            return not several and (labelled[1] or labelled[2]) == choice[1]
     elif not choice and not _LABELLED.match(gold) and (labelled := _LABELLED.match(answer)):
         return _same(gold, labelled[3], leaf)
     elif not choice and (labelled := _LABELLED.match(gold)) and chosen:
         return chosen[1].upper() == (labelled[1] or labelled[2])
+    spoken = words(gold)
+    if spoken == words(answer) and len(spoken) > 1 and spoken.isalpha() and r"\text" in gold + answer:
+        return True
     said, heard = _plain_words(gold), _plain_words(answer)
     empty = [text == r"\emptyset" or bool(_NOTHING.fullmatch(words(text))) for text in (gold, answer)]
     if any(empty):
@@ -252,16 +257,16 @@ def _as_time_or_ratio(gold: str, answer: str, leaf: Leaf) -> Any:
             (m[1], m[2] or "00", m[3].casefold()) if m else (*_hour(clock.fullmatch(text)), "")
             for m, text in zip(times, (gold, answer), strict=True)
         )
-        return (
-            hour != "" and (int(hour), minute) == (int(hour2 or -1), minute2) and (half == half2 or not half2)
-        )
+        if not hour or not hour2 or (int(hour), minute) != (int(hour2), minute2):
+            return False
+        return half == half2 or not half or not half2
     ratios = [_RATIO.fullmatch(text) for text in (gold, answer)]
     if not any(ratios):
         return NotImplemented
     mine, theirs = ([int(n) for n in re.findall(r"\d+", m[0])] if m else [] for m in ratios)
     if mine and theirs:
         timely = all(len(n) == 2 for m in ratios if m for n in re.findall(r":(\d+)$", m[0]))
-        if timely or len(mine) != len(theirs):
+        if timely or len(mine) != len(theirs) or 0 in mine + theirs:
             return mine == theirs
         return all(a * theirs[0] == b * mine[0] for a, b in zip(mine, theirs, strict=True))
     numbers, other = (mine, answer) if mine else (theirs, gold)
@@ -497,12 +502,14 @@ def _as_list(gold: str, answer: str, leaf: Leaf) -> Any:
         return NotImplemented
     if len(g.items) > 1 and len(a.items) == 1 and quantity(answer) and "," in answer:
         a = Listed("", tuple(answer.split(",")))  # 100,200 for the gold 100, 200
-    if len(g.items) > 1 and len(a.items) > 1 and g.brackets and a.brackets and g.brackets != a.brackets:
+    both = len(g.items) > 1 and len(a.items) > 1
+    if both and g.brackets != a.brackets and (g.brackets == "[]" or (g.brackets and a.brackets)):
         return False
     named = [[_named(item) for item in side.items] for side in (g, a)]
     if len(g.items) != len(a.items):
         distinct = [_distinct([value for _, value in side], leaf) for side in named]
-        if g.brackets not in ("", "{}") or len(distinct[0]) != len(distinct[1]):
+        repeated = len(distinct[0]) < len(g.items)
+        if g.brackets not in ("", "{}") or repeated or len(distinct[0]) != len(distinct[1]):
             return False
         named = [[("", value) for value in side] for side in distinct]
     names = [[name for name, _ in side] for side in named]

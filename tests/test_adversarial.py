@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from frugal_rl.answers import Verdict
 from frugal_rl.reward import Verifier
@@ -436,6 +438,9 @@ RESPONSES = [
 def test_nothing_false_is_correct_and_nearly_all_is_as_a_careful_person_says() -> None:
     rows = [(gold, boxed(text), text, want) for gold, text, want in ANSWERS]
     rows += [(gold, text, text, want) for gold, text, want in RESPONSES]
+    for line in (Path(__file__).parent / "adversarial_math.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows.append((row["gold"], row["response"], row["response"], Verdict[row["verdict"]]))
     with Verifier("math", workers=2, timeout_s=DEADLINE_S) as verifier:
         judged = verifier.judge([(Gold(gold), response) for gold, response, _, _ in rows])
         again = verifier.judge([(Gold("x^2-1"), r"\boxed{(x+1)(x-1)}")] * 2)
@@ -444,7 +449,7 @@ def test_nothing_false_is_correct_and_nearly_all_is_as_a_careful_person_says() -
         for (gold, _, text, want), got in zip(rows, judged, strict=True)
         if got.verdict is not want
     ]
-    assert len(rows) >= 350
+    assert len(rows) >= 1000
     assert [one for one in other if one[3] == "CORRECT"] == []
     assert other == []  # 98 % is what is asked; all is what is so
     assert max(judgement.seconds for judgement in judged) < DEADLINE_S + SLACK_S
