@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Final, Protocol, Self, TypeVar
 
+from frugal_rl import sandbox
 from frugal_rl.answers import Verdict, last_boxed
 from frugal_rl.errors import InputError
 from frugal_rl.judges import KINDS, Quick, Undecided, compare_math, overlong, wrong
@@ -87,9 +88,13 @@ class Verifier:
                     raise ValueError(part.arguments[0])
                 if part.name == "overlong":
                     overlong("", *part.arguments)
+                if part.name == "code":
+                    sandbox.check()
+                    if not 0 < float(*part.arguments or ("4",)) < self.timeout_s:
+                        raise ValueError(f"expected more than 0 and less than timeout_s = {self.timeout_s:g}")
                 if part.name == "format":
                     re.compile(part.arguments[0])
-            except (ValueError, ZeroDivisionError, re.error) as error:
+            except (ValueError, ZeroDivisionError, re.error, sandbox.Unconfined) as error:
                 raise InputError(f"reward {part.name}({', '.join(part.arguments)}): {error}") from error
 
     def __enter__(self) -> Self:

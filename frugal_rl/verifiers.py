@@ -5,6 +5,11 @@ Each gets the problem's fields and the response and returns a Verdict with a rea
 - `countdown`: an expression of whole numbers over + - * / that uses the given numbers, each at most as
   often as given (all of them if the problem says `"all": true`), and has the target's value. It is read
   by Python's parser into a tree of four operations and worked out in fractions; nothing is evaluated.
+- `code`: the last fenced block of the response (or its `<answer>`) passes the problem's `tests`, a text or
+  list of Python statements such as asserts, or a list of `{"input": ..., "output": ...}` for standard
+  input and output; each program runs confined (sandbox.py),
+  with the standard library alone. Tests of the first kind run in the program's
+  own process: a program that searches its interpreter for their end mark can forge it.
 - `regular_expression`: the whole response, spaces around it left out, matches the pattern.
 """
 
@@ -17,9 +22,11 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from frugal_rl.answers import Verdict, marked_or_last_line, normalise
+from frugal_rl.answers import Verdict, final_answer, marked_or_last_line, normalise
+from frugal_rl.sandbox import run_python
 
 EXPRESSION_CHARACTERS = 200
+_FENCED = re.compile(r"^[ \t]*```(?:python|py|python3)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 _LATEX = ((r"\\times|\\cdot|×|⋅", "*"), (r"\\div|÷", "/"), (r"\\left|\\right|[$]", ""), ("[−–]", "-"))
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 
@@ -27,6 +34,33 @@ _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 def regular_expression(problem: Mapping[str, Any], response: str, pattern: str) -> tuple[Verdict, str]:
     matched = re.fullmatch(pattern, response.strip(), re.DOTALL)
     return (Verdict.CORRECT, "") if matched else (Verdict.WRONG, "it does not match the format")
+
+
+def code(problem: Mapping[str, Any], response: str, seconds: str = "4") -> tuple[Verdict, str]:
+    """`seconds` are those of one program. Raises: Unconfined, and ValueError if there are no tests."""
+    blocks = _FENCED.findall(response)
+    program = blocks[-1] if blocks else final_answer(response)
+    if not program or not program.strip():
+        return Verdict.NO_ANSWER, "no fenced block of code"
+    tests = problem.get("tests", problem.get("answer"))
+    cases: list[tuple[str, str, str | None]]
+    if isinstance(tests, str) and tests.strip():
+        cases = [(tests, "", None)]
+    elif isinstance(tests, list) and tests and all(isinstance(test, str) for test in tests):
+        cases = [("\n".join(tests), "", None)]
+    elif isinstance(tests, list) and tests:
+        cases = [("", str(test["input"]), str(test["output"])) for test in tests]
+    else:
+        raise ValueError("it has no tests")
+    for number, (statements, given, wanted) in enumerate(cases, 1):
+        ran = run_python(program, statements, stdin=given, seconds=float(seconds))
+        if ran.timed_out:
+            return Verdict.TIMEOUT, f"test {number}: no end in {seconds} s"
+        if not ran.finished:
+            return Verdict.WRONG, f"test {number}: {ran.error[-200:] or 'it ended before its end'}"
+        if wanted is not None and ran.output.split() != wanted.split():
+            return Verdict.WRONG, f"test {number}: it printed {ran.output[:100]!r}, not {wanted[:100]!r}"
+    return Verdict.CORRECT, ""
 
 
 def countdown(problem: Mapping[str, Any], response: str) -> tuple[Verdict, str]:
