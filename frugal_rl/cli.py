@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from .cli_patch import patch, print_result
+from .cli_reward import reward
 from .config import (
     LEAST_KV_BUDGET,
     Recipe,
@@ -77,6 +78,7 @@ def cli() -> None:
 
 
 cli.add_command(patch)
+cli.add_command(reward)
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:

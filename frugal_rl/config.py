@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from frugal_rl.errors import InputError
+from frugal_rl.kinds import read_kind
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Reward:
-    kind: Literal["math", "exact", "numeric", "last"]
+    kind: Text  # a built-in reward, path.py:function, or a weighted sum: see kinds.py
     timeout_s: Positive = 5.0
     on_timeout: float = 0.0  # the reward of a response whose verification timed out
     on_error: float = 0.0  # and of one whose verification failed
@@ -570,6 +571,10 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
                 "this is for a file, and what does not end in .jsonl is a built-in task, which has "
                 "its own fields and held-out set; leave out what was named"
             )
+    try:
+        read_kind(recipe.reward.kind)
+    except InputError as error:
+        raise InputError(f"{where}: [reward] kind: {error}") from error
     try:
         recipe.memory.budget_bytes  # noqa: B018 (parsed here so that a bad size is refused early)
     except InputError as error:

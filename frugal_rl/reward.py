@@ -4,8 +4,9 @@ r"""From a response to a verdict, and from the verdict to a reward.
                                   \--what only algebra can tell--> math-verify in a worker
 
 Invariants
-- A verdict is what is known: CORRECT, WRONG, NO_ANSWER (nothing to judge), TIMEOUT, ERROR (no one
-  knows). The last two are never a WRONG in disguise; what they pay is a setting.
+- A verdict is what is known: CORRECT, WRONG, NO_ANSWER (nothing to judge), TIMEOUT (its limit of time,
+  memory or stack was reached), ERROR (no one knows). The last two are never a WRONG in disguise; what
+  they pay is a setting.
 - Results come in the order of the pairs. The same gold and answer are sent to a worker once.
 - Quick decisions are exact: strings, integers, decimals and fractions as `Fraction`; no float, no eval.
 - One answer is judged, the last one given, so naming several gains nothing. Chains of `=`,
@@ -23,35 +24,21 @@ It calls `1204_8` equal to `1204_9`, `40 inches` to `40 feet`, `\{1,2\}` to the 
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
+import threading
 import time
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from typing import Final, Protocol, Self, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar
 
-from frugal_rl.answers import (
-    ANSWER_CHARACTERS,
-    CORRECT,
-    NUMBER,
-    Decided,
-    Quick,
-    Undecided,
-    Verdict,
-    compare_math,
-    final_answer,
-    last_boxed,
-    marked_or_last_line,
-    no_answer,
-    normalise,
-    quantity,
-    wrong,
-)
+from frugal_rl import sandbox
+from frugal_rl.answers import Verdict, last_boxed
 from frugal_rl.errors import InputError
+from frugal_rl.judges import KINDS, Quick, Undecided, compare_math, overlong, wrong
+from frugal_rl.kinds import Part, read_kind
 from frugal_rl.workers import MEMORY_BYTES, Ended, Outcome, Pool
 
 REMEMBERED: Final = 20_000  # answers whose verdict is kept; a group's samples often agree
@@ -63,6 +50,7 @@ class Judgement:
     reward: float
     seconds: float
     detail: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)  # of a sum: each part's own reward
 
 
 class Golden(Protocol):
@@ -75,69 +63,12 @@ class Golden(Protocol):
 G = TypeVar("G", bound=Golden)
 
 
-def judge_math(gold: str, response: str) -> Quick:
-    answer = final_answer(response)
-    if answer is None:
-        return no_answer(r"no \boxed{}, #### or <answer>")
-    return compare_math(gold, answer)
-
-
-# ---- the other rewards ----
-
-
-def judge_exact(gold: str, response: str) -> Quick:
-    """The marked answer, else the last line; spaces and accents in one spelling, case kept."""
-    answer = marked_or_last_line(response)
-    if not answer:
-        return no_answer("the response is empty")
-    spelled = (" ".join(unicodedata.normalize("NFC", text).split()) for text in (gold, answer))
-    return CORRECT if len(set(spelled)) == 1 else wrong()
-
-
-def judge_numeric(gold: str, response: str, tolerance: float = 1e-6) -> Quick:
-    """|answer - gold| <= tolerance * max(1, |gold|); of the marked answer, or the last line's last
-    number."""
-    marked = final_answer(response)
-    line = marked_or_last_line(response)
-    if len(line) > ANSWER_CHARACTERS:
-        return wrong(f"{len(line)} characters, over {ANSWER_CHARACTERS}")
-    true, value = quantity(normalise(gold)), quantity(normalise(line))
-    if true is None:
-        return Decided(Verdict.ERROR, f"the gold answer {gold[:80]!r} is not a number")
-    if value is None and marked is None:
-        numbers = [match.group() for match in NUMBER.finditer(line)]
-        value = quantity(normalise(numbers[-1])) if numbers else None
-    if value is None:
-        return wrong("not a number") if marked else no_answer("no number")
-    near = abs(value.value - true.value) <= Fraction(tolerance) * max(Fraction(1), abs(true.value))
-    return CORRECT if near else wrong()
-
-
-_LAST = re.compile(r"[;=\s]")
-
-
-def judge_last(gold: str, response: str) -> Quick:
-    """What follows the last `;`, `=` or space, letter by letter: `7+8=15;5+1=6;6` answers 6."""
-    answer = _LAST.split(response.strip())[-1]
-    if not answer:
-        return no_answer("nothing after the last mark")
-    return CORRECT if answer == gold.strip() else wrong()
-
-
-KINDS: Final[dict[str, Callable[[str, str], Quick]]] = {
-    "exact": judge_exact,
-    "numeric": judge_numeric,
-    "math": judge_math,
-    "last": judge_last,
-}
-
-
 # ---- the verifier ----
 
 
 @dataclass
 class Verifier:
-    """Judges by one of KINDS. A context manager; workers start when the first is needed."""
+    """Judges by a `reward.kind` (kinds.py). A context manager; workers start when the first is needed."""
 
     kind: str
     workers: int | None = None  # absent: one less than the processors, at most 8
@@ -145,14 +76,26 @@ class Verifier:
     on_timeout: float = 0.0
     on_error: float = 0.0
     memory_bytes: int = MEMORY_BYTES
-    _pool: Pool | None = field(default=None, init=False, repr=False)
+    parts: tuple[Part, ...] = field(init=False)
+    _pools: dict[str, Pool] = field(default_factory=dict, init=False, repr=False)
     _known: dict[Undecided, Future[Outcome]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            near = difflib.get_close_matches(self.kind, KINDS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"unknown reward {self.kind!r}, expected one of {', '.join(KINDS)}{hint}")
+        self.parts = read_kind(self.kind)
+        for part in self.parts:  # bad arguments are refused now
+            try:
+                if part.name == "numeric" and part.arguments and Fraction(part.arguments[0]) < 0:
+                    raise ValueError(part.arguments[0])
+                if part.name == "overlong":
+                    overlong("", *part.arguments)
+                if part.name == "code":
+                    sandbox.check()
+                    if not 0 < float(*part.arguments or ("4",)) < self.timeout_s:
+                        raise ValueError(f"expected more than 0 and less than timeout_s = {self.timeout_s:g}")
+                if part.name == "format":
+                    re.compile(part.arguments[0])
+            except (ValueError, ZeroDivisionError, re.error, sandbox.Unconfined) as error:
+                raise InputError(f"reward {part.name}({', '.join(part.arguments)}): {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -161,10 +104,10 @@ class Verifier:
         self.close()
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-            self._known.clear()
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+        self._known.clear()
 
     def judge(self, pairs: Iterable[tuple[Golden, str]]) -> list[Judgement]:
         """In the order of the pairs. Raises FrugalError if workers cannot start."""
@@ -172,17 +115,21 @@ class Verifier:
 
     def submit(self, problem: Golden, response: str) -> Future[Judgement]:
         """The same without waiting: generation goes on while workers verify."""
-        begun = time.perf_counter()
-        decided = KINDS[self.kind](problem.answer, response)
-        return self._settle(decided, time.perf_counter() - begun)
+        futures = [self._submit(part, problem, response) for part in self.parts]
+        if len(futures) == 1 and self.parts[0].weight == 1:
+            return futures[0]
+        return _summed(self.parts, futures)
 
     def check_golds(self, problems: Sequence[G]) -> list[tuple[G, str]]:
         """The problems whose gold is not found equal to itself, with the reason.
 
         For math, spelling does not count: a gold passes if it is understood, so that another form
-        of it would be too.
+        of it would be too. Of a sum the first part is asked; what is no comparison with a gold, never.
         """
-        futures = [self._settle(self._check(problem.answer), 0.0) for problem in problems]
+        first = self.parts[0]
+        if first.function is not None or first.name in ("tags", "overlong"):
+            return []
+        futures = [self._settle(self._check(first, problem.answer), 0.0) for problem in problems]
         judged = zip(problems, [future.result() for future in futures], strict=True)
         return [
             (problem, f"{judgement.verdict.value}: {judgement.detail or 'not equal to itself'}")
@@ -190,19 +137,50 @@ class Verifier:
             if judgement.verdict is not Verdict.CORRECT
         ]
 
-    def _check(self, gold: str) -> Quick:
-        if self.kind != "math":
-            return KINDS[self.kind](gold, gold)
+    def _check(self, part: Part, gold: str) -> Quick:
+        if part.name != "math":
+            return KINDS[part.name](gold, gold, *part.arguments)
         boxed = last_boxed(rf"\boxed{{{gold}}}")
         if boxed != gold:
             return wrong("its braces are not balanced")
         return compare_math(gold, gold, identical=False)
 
-    def _settle(self, quick: Quick, seconds: float) -> Future[Judgement]:
-        future: Future[Judgement] = Future()
-        if isinstance(quick, Decided):
-            future.set_result(self._judgement(quick.verdict, seconds, quick.detail))
+    def _submit(self, part: Part, problem: Golden, response: str) -> Future[Judgement]:
+        begun = time.perf_counter()
+        if part.function is not None:
+            fields = {**getattr(problem, "row", {}), "answer": problem.answer}
+            for name in ("prompt", "id"):
+                if hasattr(problem, name):
+                    fields.setdefault(name, getattr(problem, name))
+            payload = {
+                "function": part.function,
+                "problem": fields,
+                "response": response,
+                "arguments": part.arguments,
+            }
+            pool = self._pool("frugal_rl.custom:call", part.function, {"function": part.function})
+            where = str(fields.get("id", fields["answer"]))[:80]
+            return self._follow(pool.submit(payload), 0.0, f"{part.name} on {where}: ")
+        if part.name == "overlong":
+            paid = overlong(response, *part.arguments)
+            verdict = Verdict.CORRECT if paid == 0 else Verdict.WRONG
+            judgement = Judgement(verdict, paid, time.perf_counter() - begun)
+            future: Future[Judgement] = Future()
+            future.set_result(judgement)
             return future
+        decided = KINDS[part.name](problem.answer, response, *part.arguments)
+        return self._settle(decided, time.perf_counter() - begun)
+
+    def _settle(self, quick: Quick, seconds: float) -> Future[Judgement]:
+        if isinstance(quick, Undecided):
+            return self._follow(self._ask(quick), seconds)
+        future: Future[Judgement] = Future()
+        future.set_result(self._judgement(quick.verdict, seconds, quick.detail))
+        return future
+
+    def _follow(self, asked: Future[Outcome], seconds: float, where: str = "") -> Future[Judgement]:
+        """The judgement of an outcome; `where` goes before what an error says."""
+        future: Future[Judgement] = Future()
         future.set_running_or_notify_cancel()
 
         def finish(asked: Future[Outcome]) -> None:
@@ -212,36 +190,45 @@ class Verifier:
             elif error is not None:
                 future.set_exception(error)
             else:
-                future.set_result(self._from_outcome(asked.result(), seconds))
+                future.set_result(self._from_outcome(asked.result(), seconds, where))
 
-        self._ask(quick).add_done_callback(finish)
+        asked.add_done_callback(finish)
         return future
 
     def _ask(self, question: Undecided) -> Future[Outcome]:
         known = self._known.get(question)
         if known is not None and not (known.done() and _unsettled(known)):
             return known
-        if self._pool is None:
-            workers = self.workers or max(1, min(8, (os.cpu_count() or 2) - 1))
-            self._pool = Pool(
-                "frugal_rl.answers:sympy_equal",
-                workers=workers,
-                timeout_s=self.timeout_s,
-                memory_bytes=self.memory_bytes,
-                warm_up={"gold": r"\frac{x}{2}", "answers": [r"\sqrt{x^2+1}"]},
-            )
+        warm_up = {"gold": r"\frac{x}{2}", "answer": r"\sqrt{x^2+1}", "identical": True}
+        pool = self._pool("frugal_rl.algebra:sympy_equal", "math", warm_up)
         if len(self._known) >= REMEMBERED:
             self._known.clear()
-        asked = self._pool.submit({"gold": question.gold, "answers": question.answers})
+        asked = pool.submit(asdict(question))
         self._known[question] = asked
         return asked
 
-    def _from_outcome(self, outcome: Outcome, quick_s: float) -> Judgement:
+    def _pool(self, target: str, name: str, warm_up: dict[str, Any]) -> Pool:
+        """The workers of one function: a template each, forked with what it imports."""
+        if name not in self._pools:
+            self._pools[name] = Pool(
+                target,
+                workers=self.workers or max(1, min(8, (os.cpu_count() or 2) - 1)),
+                timeout_s=self.timeout_s,
+                memory_bytes=self.memory_bytes,
+                warm_up=warm_up,
+            )
+        return self._pools[name]
+
+    def _from_outcome(self, outcome: Outcome, quick_s: float, where: str) -> Judgement:
         seconds = quick_s + outcome.seconds
         if outcome.ended is Ended.RETURNED:
-            return self._judgement(Verdict[outcome.value["verdict"]], seconds, outcome.value["detail"])
-        verdict = Verdict.TIMEOUT if outcome.ended is Ended.TIMEOUT else Verdict.ERROR
-        return self._judgement(verdict, seconds, outcome.detail)
+            value = outcome.value
+            judgement = self._judgement(Verdict[value["verdict"]], seconds, value["detail"])
+            paid = value.get("reward")
+            return judgement if paid is None else replace(judgement, reward=paid)
+        over = outcome.ended in (Ended.TIMEOUT, Ended.EXHAUSTED)  # of time, memory or stack
+        verdict = Verdict.TIMEOUT if over else Verdict.ERROR
+        return self._judgement(verdict, seconds, where + outcome.detail)
 
     def _judgement(self, verdict: Verdict, seconds: float, detail: str) -> Judgement:
         paid = {
@@ -250,6 +237,39 @@ class Verifier:
             Verdict.ERROR: self.on_error,
         }
         return Judgement(verdict, paid.get(verdict, 0.0), seconds, detail)
+
+
+def _summed(parts: Sequence[Part], futures: Sequence[Future[Judgement]]) -> Future[Judgement]:
+    """The first verdict with the weighted sum of all rewards; a part's ERROR or TIMEOUT is the sum's."""
+    total: Future[Judgement] = Future()
+    total.set_running_or_notify_cancel()
+    left = [len(futures)]
+    lock = threading.Lock()
+
+    def finish(_: Future[Judgement]) -> None:
+        with lock:
+            left[0] -= 1
+            if left[0]:
+                return
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            total.set_exception(errors[0])
+            return
+        judged = [future.result() for future in futures]
+        failed = [j for j in judged if j.verdict in (Verdict.ERROR, Verdict.TIMEOUT)]
+        paid = {part.name: one.reward for part, one in zip(parts, judged, strict=True)}
+        total.set_result(
+            replace(
+                (failed or judged)[0],
+                reward=sum(part.weight * one.reward for part, one in zip(parts, judged, strict=True)),
+                seconds=max(one.seconds for one in judged),
+                parts=paid,
+            )
+        )
+
+    for future in futures:
+        future.add_done_callback(finish)
+    return total
 
 
 def _unsettled(known: Future[Outcome]) -> bool:

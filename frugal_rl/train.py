@@ -36,13 +36,14 @@ from .models import ModelFiles, find_model, load_config, load_tokenizer
 from .patch import Patch
 from .policy import Policy, best_device, load_policy, load_reference
 from .problems import Problem, ProblemSet, draw, load_problems
-from .reward import Judgement, Verifier
+from .reward import Judgement, Verdict, Verifier
 from .rollout import Request, Rollout
 from .update import Group, learn_within_memory, preflight
 from .weights import export, step_patch
 
 TRAINING = 1  # first word of the random keys; evaluation has its own
 REFILLS = 8  # dynamic sampling: rounds of prompts drawn for one step before it goes on with what it has
+ERRORS_MOST = 0.05  # of a step's verdicts may be ERROR: more, and the reward itself is broken
 STILL_STEPS = 3  # so many steps in a row without a changed weight, and the run stops
 
 
@@ -308,11 +309,13 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
     rollouts = [r for g in groups for r in g.rollouts]
     lengths = [len(r.response_ids) for r in rollouts]
     verdicts = Counter(j.verdict.value for g in groups for j in g.judgements)
+    parts = sorted({name for g in groups for j in g.judgements for name in j.parts})
     row: dict[str, Any] = {
         "step": step,
         "reward": float(np.mean([x for g in groups for x in g.rewards])),
         "correct": verdicts["correct"] / len(rollouts),
         "verdicts": dict(verdicts),
+        **{f"reward/{p}": float(np.mean([j.parts[p] for g in groups for j in g.judgements])) for p in parts},
         "groups": len(groups),
         "signal_groups": sum(g.has_signal for g in groups),
         "sampled_groups": sampled,
@@ -370,6 +373,7 @@ def _generate(session: Session, problems: Sequence[Problem], drawn: int, clock: 
         for sample in range(samples)
     ]
     rollouts: dict[int, Rollout] = {}
+    texts: dict[int, str] = {}
     futures = {}
     with clock("generate"):
         stream = session.engine.generate(
@@ -381,8 +385,8 @@ def _generate(session: Session, problems: Sequence[Problem], drawn: int, clock: 
         with closing(stream):  # type: ignore[type-var]
             for index, rollout in stream:
                 rollouts[index] = rollout
-                text = session.policy.text(rollout.response_ids)
-                futures[index] = session.verifier.submit(problems[index // samples], text)
+                texts[index] = session.policy.text(rollout.response_ids)
+                futures[index] = session.verifier.submit(problems[index // samples], texts[index])
     groups = []
     with clock("verify"):
         for i, problem in enumerate(problems):
@@ -391,7 +395,19 @@ def _generate(session: Session, problems: Sequence[Problem], drawn: int, clock: 
             mine = [rollouts[k] for k in indices]
             rewards = [_paid(recipe, r, j) for r, j in zip(mine, judgements, strict=True)]
             groups.append(Group(problem, mine, judgements, rewards))
+    _refuse_errors([(problems[k // samples], texts[k], futures[k].result()) for k in sorted(futures)])
     return groups
+
+
+def _refuse_errors(judged: Sequence[tuple[Problem, str, Judgement]]) -> None:
+    """A reward that fails is not a reward of 0: stop, and show an answer that it failed on."""
+    failed = [one for one in judged if one[2].verdict is Verdict.ERROR]
+    if len(failed) > ERRORS_MOST * len(judged):
+        problem, text, judgement = failed[0]
+        raise FrugalError(
+            f"the reward failed on {len(failed)} of {len(judged)} answers. {problem.id}, gold "
+            f"{problem.answer[:200]!r}: {judgement.detail}; the answer was {text[-500:]!r}"
+        )
 
 
 def _paid(recipe: Recipe, rollout: Rollout, judgement: Judgement) -> float:

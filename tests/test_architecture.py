@@ -16,15 +16,26 @@ PACKAGE = Path(frugal_rl.__file__).parent
 # Each module may import from the lines above its own, and from its own line only what stands before it.
 LEVELS = [
     ["errors"],
-    ["container", "codes", "patch", "config", "rollout", "tasks", "console"],
-    ["undo", "checkpoint", "workers", "answers"],
+    ["kinds", "sandbox", "container", "codes", "patch", "config", "rollout", "tasks", "console"],
+    [
+        "undo",
+        "checkpoint",
+        "workers",
+        "quantities",
+        "answers",
+        "structure",
+        "judges",
+        "algebra",
+        "custom",
+        "verifiers",
+    ],
     ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes"],
     ["doctor", "stream", "storage", "weights"],
     ["decoder"],
     ["policy", "learn", "generate.cache", "generate.eviction", "generate.sample", "generate.engine"],
     ["sampled", "update", "evaluate", "journal"],
     ["train"],
-    ["cli_patch", "cli"],
+    ["cli_patch", "cli_reward", "cli"],
 ]
 RANK = {name: (level, place) for level, names in enumerate(LEVELS) for place, name in enumerate(names)}
 # may be imported, and the command line started, without torch

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 import tomllib
@@ -220,7 +221,7 @@ def test_a_value_where_a_section_belongs_is_refused():
         ("data.heldout=0", "0", "an integer at least 1 or a text that is not empty"),
         ("data.heldout=[1]", "[1]", "an integer at least 1 or a text"),
         ("data.format=chatt", '"chatt"; the nearest is "chat"', 'one of "chat", "plain"'),
-        ("reward.kind=maths", '"maths"; the nearest is "math"', '"numeric", "last"'),
+        ("reward.kind=", '""', "a text that is not empty"),
         ("model.weights=int4", '"int4"; the nearest is "int8"', 'one of "bf16", "int8"'),
         ("loss.correction=sparse_rl", '"sparse_rl"; the nearest is "sparse-rl"', '"seq-mis", "geo-rs"'),
         ("loss.uncorrected=1", "1", "true or false"),
@@ -233,6 +234,26 @@ def test_a_wrong_value_is_refused_with_what_was_got_and_what_was_expected(overri
     assert message.startswith(f"--set {override}: [{override.partition('.')[0]}] ")
     assert f"got {got}" in message
     assert f"expected {expected}" in message or expected in message.partition("expected ")[2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("maths", "unknown reward 'maths', expected one of math, exact, .* did you mean 'math'"),
+        ("math + maths", "unknown reward 'maths'"),
+        ("math + math", "'math' twice"),
+        ("math(3)", "math takes 0 arguments, got 1"),
+        ("tags", "tags takes 1 to 20 arguments, got 0"),
+        ("0 * math", "a weight is above 0"),
+        ("1.2.3 * math", "not a weight"),
+        ("* math", "not understood"),
+        ("nowhere.py:judge", "there is no file nowhere.py"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_refused_before_anything_is_loaded(kind, why):
+    message = refusal(f"reward.kind={kind}")
+    assert "[reward] kind: " in message
+    assert re.search(why, message)
 
 
 @pytest.mark.parametrize(

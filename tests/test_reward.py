@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,10 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frugal_rl.answers import Decided, Verdict, compare_math, final_answer, last_boxed, normalise, quantity
-from frugal_rl.errors import FrugalError, InputError
-from frugal_rl.reward import KINDS, Verifier
-from frugal_rl.workers import Ended, Pool
+from frugal_rl.answers import Verdict, final_answer, last_boxed, normalise
+from frugal_rl.errors import InputError
+from frugal_rl.judges import KINDS, Decided, compare_math
+from frugal_rl.kinds import BUILT_IN
+from frugal_rl.quantities import quantity
+from frugal_rl.reward import Verifier
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("FRUGAL_RL_DATA", ROOT.parent / "shared" / "data"))
@@ -118,7 +120,7 @@ def test_every_spelling_of_a_fraction_is_one_quantity(above: int, below: int) ->
     assert whole is not None and whole.value == above + Fraction(-1 if above < 0 else 1, 2)
 
 
-@pytest.mark.parametrize("text", ["x", "5x", "1,23", "1 2", "5 or 6", r"\frac{1}{0}", "1..2", "²", ""])
+@pytest.mark.parametrize("text", ["x", "5 xy", "5x", "1,23", "5 or 6", r"\frac{1}{0}", "1..2", "²", ""])
 def test_what_is_not_one_number_is_no_quantity(text: str) -> None:
     assert quantity(text) is None
 
@@ -140,7 +142,7 @@ MATH = [
     ("0.5", r"\boxed{.5}", C),
     ("0.5", r"\boxed{0,5}", W),
     ("1/3", r"\boxed{\dfrac13}", C),
-    ("1/3", r"\boxed{0.333333}", C),
+    ("1/3", r"\boxed{0.333333}", W),
     ("1/3", r"\boxed{0.333}", W),
     ("0.0000001", r"\boxed{0}", W),
     (r"3 \frac{3}{8}", r"\boxed{\frac{27}{8}}", C),
@@ -271,10 +273,10 @@ def test_answers_get_the_verdict_of_a_careful_person_in_time_and_in_order(math: 
 def test_quick_answers_start_no_worker_and_the_pool_is_reused() -> None:
     with Verifier("math", workers=1) as verifier:
         assert verifier.judge([(Gold("5"), r"\boxed{5}"), (Gold("5"), "no")])[0].verdict is C
-        assert verifier._pool is None
+        assert verifier._pools == {}
         for _ in range(3):
             verifier.judge([(Gold("x+1"), r"\boxed{1+x}")] * 4)
-        assert verifier._pool is not None and verifier._pool.started == 1
+        assert verifier._pools["math"].started == 1
 
 
 def test_a_timeout_and_an_error_pay_what_is_set_and_stay_what_they_are() -> None:
@@ -287,7 +289,12 @@ def test_a_timeout_and_an_error_pay_what_is_set_and_stay_what_they_are() -> None
 
 def test_golds_that_are_not_understood_are_returned_with_reasons(math: Verifier) -> None:
     good = [Gold(g) for g in ("5", r"x^2+1", r"\text{Monday}", "1,234", r"\frac\pi 2")]
-    bad = {"": "empty", r"\frac{1}{2": "balanced", "5 +": "not an expression", "05:00": "error: "}
+    bad = {
+        "": "empty",
+        r"\frac{1}{2": "balanced",
+        "5 +": "not an expression",
+        r"\begin{foo}": "not an expression",
+    }
     got = math.check_golds([*good, *map(Gold, bad)])
     assert [problem.answer for problem, _ in got] == list(bad)
     assert [reason for (_, reason), part in zip(got, bad.values(), strict=True) if part not in reason] == []
@@ -303,7 +310,7 @@ def test_all_gsm8k_golds_are_verified_against_themselves_in_seconds() -> None:
     begun = time.process_time()
     with Verifier("math") as verifier:
         assert verifier.check_golds(golds) == []
-        assert verifier._pool is None  # the quick path knows them all
+        assert verifier._pools == {}  # the quick path knows them all
     assert time.process_time() - begun < 10
 
 
@@ -342,7 +349,7 @@ def test_the_other_rewards(kind: str, gold: str, response: str, verdict: Verdict
 def test_an_unknown_reward_is_answered_with_the_nearest_one() -> None:
     with pytest.raises(InputError, match=r"unknown reward 'maths', .* did you mean 'math'"):
         Verifier("maths")
-    assert set(KINDS) == {"exact", "numeric", "math", "last"}
+    assert set(KINDS) <= set(BUILT_IN)
 
 
 @given(st.text(max_size=60), st.text(max_size=60))
@@ -354,95 +361,22 @@ def test_no_text_breaks_the_quick_path(gold: str, answer: str) -> None:
     assert not (isinstance(same, Decided) and same.verdict is W and len(normalise(gold)) > 0)
 
 
-# ---- the pool ----
-
-
-def double(payload: int) -> int:
-    return 2 * payload
-
-
-def misbehave(payload: str) -> object:
-    if payload == "die":
-        os._exit(3)
-    if payload == "hang":
-        time.sleep(60)
-    if payload == "raise":
-        raise SystemExit("no")
-    if payload == "print":
-        print("noise on standard output", flush=True)
-    if payload == "greedy":
-        return len(bytearray(4 << 30))
-    if payload == "unspeakable":
-        return object()
-    return os.getpid()
-
-
-@pytest.fixture(autouse=True)
-def workers_find_this_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-
-
-def pool(target: str = "misbehave", **options: float) -> Pool:
-    return Pool(f"test_reward:{target}", **{"workers": 1, "timeout_s": 20.0, **options})  # type: ignore[arg-type]
-
-
-def test_every_payload_gets_its_own_outcome() -> None:
-    with pool("double", workers=2) as two:
-        outcomes = [f.result() for f in [two.submit(i) for i in range(200)]]
-        assert [o.value for o in outcomes] == [2 * i for i in range(200)]
-        assert two.started == 2
-
-
-def test_a_hang_is_killed_at_the_deadline_and_the_next_payload_gets_a_new_worker() -> None:
-    with pool(timeout_s=0.5) as one:
-        first = one.submit("pid").result().value
-        begun = time.monotonic()
-        assert one.submit("hang").result().ended is Ended.TIMEOUT
-        assert time.monotonic() - begun < 0.5 + SLACK_S
-        second = one.submit("pid").result().value
-        assert second != first
-        with pytest.raises(ProcessLookupError):
-            os.kill(first, 0)
-
-
-def test_what_a_function_raises_prints_or_cannot_return_is_told_and_the_worker_lives_on() -> None:
-    with pool() as one:
-        pid = one.submit("pid").result().value
-        raised = one.submit("raise").result()
-        assert (raised.ended, raised.detail) == (Ended.RAISED, "SystemExit: no")
-        assert one.submit("print").result().value == pid
-        assert "not JSON serializable" in one.submit("unspeakable").result().detail
-        if sys.platform == "linux":
-            assert "MemoryError" in one.submit("greedy").result().detail
-        assert one.submit("pid").result().value == pid and one.started == 1
-
-
-def test_a_worker_that_dies_gets_one_more_try_then_the_payload_is_lost() -> None:
-    with pool() as one:
-        lost = one.submit("die").result()
-        assert lost.ended is Ended.LOST and "died 2 times: exit code 3" in lost.detail
-        assert one.started == 2
-        assert one.submit("pid").result().ended is Ended.RETURNED
-
-
-def test_a_function_that_is_not_there_stops_with_its_name() -> None:
-    with (
-        pool("nothing") as one,
-        pytest.raises(FrugalError, match=r"test_reward:nothing: AttributeError"),
-    ):
-        one.submit(1).result()
+def test_importing_reward_loads_neither_torch_nor_sympy() -> None:
+    code = "import sys, frugal_rl.reward;print(sorted({'torch', 'sympy', 'math_verify'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_all_verdicts_arrive_while_workers_are_killed_from_outside(math: Verifier) -> None:
-    pairs = [(Gold(f"x+{i}"), rf"\boxed{{{i + i % 2}+x}}") for i in range(60)]
+    pairs = [(Gold(f"x+{i}"), rf"\boxed{{{i + i % 2}+x}}") for i in range(400)]
     math.judge([(Gold("x+y"), r"\boxed{y+x}")])
     over = threading.Event()
 
     def chaos() -> None:
         turn = 0
-        while not over.wait(1.0):
-            pids = math._pool.pids() if math._pool else []
-            if pids:
+        while not over.wait(0.2):
+            pids = math._pools["math"].pids()
+            with suppress(ProcessLookupError):  # just replaced
                 os.kill(pids[turn % len(pids)], signal.SIGKILL)
             turn += 1
 
@@ -453,99 +387,4 @@ def test_all_verdicts_arrive_while_workers_are_killed_from_outside(math: Verifie
     finally:
         over.set()
         thread.join()
-    assert [j.verdict for j in judged] == [W if i % 2 else C for i in range(60)]
-
-
-def test_closing_kills_workers_at_once_and_cancels_what_waits() -> None:
-    one = pool(timeout_s=60.0)
-    pid = one.submit("pid").result().value
-    waiting = [one.submit("hang") for _ in range(3)]
-    time.sleep(0.2)
-    begun = time.monotonic()
-    one.close()
-    one.close()
-    assert time.monotonic() - begun < SLACK_S
-    assert all(future.cancelled() or future.exception() for future in waiting)
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-    with pytest.raises(RuntimeError, match=r"closed"):
-        one.submit("pid")
-
-
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def test_a_process_that_forks_late_goes_on_with_workers_of_its_own() -> None:
-    done = run_python("""
-        import os
-        from frugal_rl.workers import Pool
-        pool = Pool("test_reward:misbehave", workers=1, timeout_s=20)
-        mine = pool.submit("pid").result().value
-        child = os.fork()
-        if child == 0:
-            other = pool.submit("pid").result().value
-            pool.close()
-            os._exit(0 if other != mine else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert pool.submit("pid").result().value == mine
-        pool.close()
-    """)
-    assert done.returncode == 0, done.stderr
-
-
-def test_ctrl_c_reaches_the_parent_and_leaves_no_worker_behind() -> None:
-    done = run_python("""
-        import os, signal, threading
-        from frugal_rl.workers import Pool
-        with Pool("test_reward:misbehave", workers=1, timeout_s=50) as pool:
-            pid = pool.submit("pid").result().value
-            assert os.getsid(pid) != os.getsid(0)
-            os.kill(pid, signal.SIGINT)
-            assert pool.submit("pid").result().value == pid
-            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-            try:
-                pool.submit("hang").result()
-                raise SystemExit("not interrupted")
-            except KeyboardInterrupt:
-                pass
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            print("clean")
-    """)
-    assert done.stdout == "clean\n", done.stderr
-
-
-def test_a_worker_ends_when_its_parent_is_killed() -> None:
-    done = run_python("""
-        import os, signal
-        from frugal_rl.workers import Pool
-        pool = Pool("test_reward:misbehave", workers=1, timeout_s=50)
-        print(pool.submit("pid").result().value, flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    """)
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            os.kill(int(done.stdout), 0)
-        except ProcessLookupError:
-            return
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_importing_reward_loads_neither_torch_nor_sympy() -> None:
-    done = run_python("""
-        import sys, frugal_rl.reward
-        print(sorted({"torch", "sympy", "math_verify"} & set(sys.modules)))
-    """)
-    assert done.stdout == "[]\n", done.stderr
+    assert [j.verdict for j in judged] == [W if i % 2 else C for i in range(400)]

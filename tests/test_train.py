@@ -249,6 +249,29 @@ def test_steps_without_signal_say_so_once_with_the_verdicts(tmp_path: Path) -> N
     assert told[0].startswith("step 1 ") and " no_answer" in told[0]
 
 
+def test_a_reward_that_fails_stops_the_run_and_shows_the_answer_before_anything_is_learned(
+    tmp_path: Path,
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("def judge(problem, response):\n    return {}[len(response)]\n")
+    changes = [*SMALL, f"reward.kind={mine}:judge", "train.steps=1"]
+    with session_of(load_recipe("tiny", changes)) as session:
+        journal = Journal.create(tmp_path / "run", session.recipe, force=False)
+        with pytest.raises(FrugalError, match=r"failed on (\d+) of \1 answers\. .*KeyError.*the answer was"):
+            loop.train(session, journal, loop.Reporter(lambda text: None, lambda row: None), lambda: False)
+        assert journal.step == 0
+
+
+def test_every_part_of_a_summed_reward_is_in_the_metrics(tmp_path: Path) -> None:
+    changes = [*SMALL, "reward.kind=last + 0.1*overlong(0, 100)", "train.steps=1"]
+    with session_of(load_recipe("tiny", changes)) as session:
+        journal = Journal.create(tmp_path / "run", session.recipe, force=False)
+        loop.train(session, journal, loop.Reporter(lambda text: None, lambda row: None), lambda: False)
+    row = journal.metrics[0]
+    assert row["reward"] == pytest.approx(row["reward/last"] + 0.1 * row["reward/overlong"])
+    assert row["reward/overlong"] < 0
+
+
 def test_out_of_memory_halves_the_micro_batch_and_leaves_nothing_of_the_failed_try(
     tiny: loop.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
