@@ -33,7 +33,8 @@ CHANGED_SHARE = 0.004
 PATCH_BYTES = 10  # an entry of the patch: its position and the base's bits
 WAITING_BYTES = 10  # an entry that waits for the commit: its position, gradient and bits
 PAGE_LOCKED_FACTOR = 2  # torch rounds page-locked blocks up to powers of two: less than twice the bytes
-HEAD_BYTES = 4 * (32 << 20)  # the head's blocks: rows, their gradient, logits and a copy (decoder.py)
+HEAD_BLOCK_BYTES = 32 << 20  # of the head's rows, and of logits, in the compute format (decoder.py)
+PROPOSAL_BYTES = 20 * (4 << 20)  # scratch of a proposal: a few copies of its entries (weights.py)
 RESIDENT_BYTES = 64 << 20  # copies of all layers may stay while sampling, up to this (decoder.py)
 WINDOW_QUERIES = 8  # that rkv and snapkv remember of each slot (generate/eviction.py)
 EVICTION_BYTES = 4 * (16 << 20)  # its temporaries, each of at most a block (generate/eviction.py)
@@ -225,7 +226,9 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
     }
     # in turns: the head, and one layer after the other
     # the states that predict a response token, normed, and their gradient
-    head = responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + HEAD_BYTES
+    # a block of rows, their gradient, and what of it is proposed
+    block = HEAD_BLOCK_BYTES + 2 * FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + PROPOSAL_BYTES
+    head = responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + block
     # the sums of a layer, and the one matrix that is being added
     gradients = (shape.layer_parameters + shape.hidden * shape.intermediate) * FLOAT32_BYTES
     if work.reference is not None:
@@ -378,12 +381,13 @@ def table(plans: Mapping[str, Plan]) -> str:
     return "\n".join("".join([f"{row[0]:<20}", *(f"{x:>17}" for x in row[1:])]).rstrip() for row in lines)
 
 
-def return_large_blocks(least_bytes: int = 8 << 20) -> None:
+def return_large_blocks(least_bytes: int = 2 << 20) -> None:
     """From now on this process gives blocks of at least so many bytes back as soon as they are freed.
 
     glibc otherwise learns to keep blocks of up to 32 MiB in its heap, where the few entries that a step
     holds on to (weights.Transaction) lie between the freed gradients of the layers: their holes are
-    never used again. With a Qwen2.5-0.5B shape that is 570 MiB of a step's peak. No effect elsewhere.
+    never used again. With a Qwen2.5-0.5B shape that is 570 MiB of a step's peak, and still 190 MiB of it
+    where blocks of up to 8 MiB stay. No effect elsewhere.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
