@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from frugal_rl import decoder
+from frugal_rl import decoder, weights
 from frugal_rl.errors import InputError
 from frugal_rl.memory import (
     FORMS,
-    HEAD_BYTES,
+    HEAD_BLOCK_BYTES,
+    PROPOSAL_BYTES,
     RESIDENT_BYTES,
     Plan,
     Shape,
@@ -198,7 +199,8 @@ def test_the_peak_covers_what_this_process_holds() -> None:
 
 def test_the_constants_are_those_of_the_decoder() -> None:
     assert RESIDENT_BYTES == decoder.RESIDENT_BYTES
-    assert HEAD_BYTES == 4 * decoder.HEAD_BLOCK_BYTES
+    assert HEAD_BLOCK_BYTES == decoder.HEAD_BLOCK_BYTES
+    assert PROPOSAL_BYTES == 20 * weights.PROPOSED
 
 
 @pytest.mark.parametrize("form", FORMS)
