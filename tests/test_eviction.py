@@ -339,6 +339,23 @@ def test_the_engine_is_one_sequence_at_a_time_with_slow_scores(kind: str, method
         np.testing.assert_allclose(rollout.logprob_T, logprobs, atol=1e-4)  # float32, other order of sums
 
 
+@pytest.mark.parametrize("heads", [2, 14])
+@pytest.mark.parametrize("method", METHODS)
+def test_so_it_is_for_groups_of_one_and_of_seven(method: Any, heads: int) -> None:
+    config = make_config("qwen2", layers=2, num_attention_heads=heads)
+    decoder = Decoder(config, weights_of(make_model(config)))
+    for prefill_tokens in (100, 5):
+        requests = make_requests([4, 15, 29])
+        engine = Engine(decoder, 3, STOPS, prefill_tokens, eviction=Eviction(method, 12, 6))
+        rollouts = run(engine, requests, max_tokens=24, temperature=0.0)
+        for request, rollout in zip(requests, rollouts, strict=True):
+            with torch.no_grad():
+                cache = SlowCache(method, 12, 6, 2, heads // KV_HEADS)
+                ids, logprobs = slow_generate(decoder, request, cache, 24, STOPS)
+            assert rollout.response_ids.tolist() == ids
+            np.testing.assert_allclose(rollout.logprob_T, logprobs, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_slots_looks_and_chunks_change_nothing(method: Any) -> None:
     _, decoder = make_decoder("qwen2")
