@@ -232,6 +232,35 @@ def test_compression_keeps_the_best_of_each_layer_and_head_in_order_and_in_place
     assert torch.equal(cache.value_LSKCD[:, 1], value[:, 1])
 
 
+@pytest.mark.parametrize("kind", [LastQueries, AttentionSums])
+def test_padding_is_not_remembered_and_blocks_change_nothing(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(3, 8, 20, SIZE), torch.randn(3, KV_HEADS, 20, SIZE)
+    slot_B, lengths = torch.tensor([2, 0, 1]), [20, 11, 9]
+    start_B = torch.zeros(3, dtype=torch.long)
+    together, alone, blocks = (kind(make_cache(), 8) for _ in range(3))
+    together.observe(slot_B, start_B, torch.tensor(lengths), 1, query, key, None, 0.5)
+    monkeypatch.setattr(module, "EVICTION_BLOCK_BYTES", 3 * 8 * 20 * 4)
+    blocks.observe(slot_B, start_B, torch.tensor(lengths), 1, query, key, None, 0.5)
+    for row, length in enumerate(lengths):
+        for t in range(length):
+            one = slice(row, row + 1)
+            at = torch.tensor([t])
+            all_seen = torch.ones(1, 1, 1, t + 1, dtype=torch.bool)
+            q, k = query[one, :, t : t + 1], key[one, :, : t + 1]
+            alone.observe(slot_B[one], at, at + 1, 1, q, k, all_seen, 0.5)
+    name = "query_LSWHD" if kind is LastQueries else "attention_LSKC"
+    expected = getattr(alone, name)
+    assert expected[1].abs().sum() > 0
+    assert not expected[0].any()
+    torch.testing.assert_close(getattr(together, name), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(getattr(blocks, name), expected, rtol=0, atol=1e-5)
+    if kind is AttentionSums:  # each query of each of the 4 heads of a group gives 1 in all
+        assert expected[1].sum(dim=-1).flatten().tolist() == pytest.approx([44, 44, 36, 36, 80, 80], abs=1e-4)
+
+
 # --- the engine
 
 

@@ -166,8 +166,8 @@ class Memory(Protocol):
     ) -> None:
         """Queries [B, H, T, D] at positions [start, end) of each slot's sequence pass. In place, no sync.
 
-        key [B, K, C, D] and mask [B, 1, T, C] are as `decoder.attention` gets them; None is causal. T may
-        be more than end - start: the rest is padding.
+        key [B, K, C, D] and mask [B, 1, T, C] are as `decoder.attention` gets them; without a mask query t
+        sees the entries up to t. T may be more than end - start: the rest is padding.
         """
 
     def copy_(self, source: int, slots: list[int]) -> None:
