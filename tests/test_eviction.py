@@ -535,6 +535,7 @@ def test_temporaries_stay_within_the_plan(method: Any) -> None:
     memory = eviction.memory(cache, 28)
     peak = peak_bytes(lambda: eviction.compress_(cache, memory, list(range(24)), [640] * 24))
     assert peak < EVICTION_BYTES
+    assert peak < cache.nbytes  # of one layer
 
 
 def test_a_buffer_of_nothing_is_refused() -> None:
