@@ -37,7 +37,7 @@ HEAD_BLOCK_BYTES = 32 << 20  # of the head's rows, and of logits, in the compute
 PROPOSAL_BYTES = 20 * (4 << 20)  # scratch of a proposal: a few copies of its entries (weights.py)
 RESIDENT_BYTES = 64 << 20  # copies of all layers may stay while sampling, up to this (decoder.py)
 WINDOW_QUERIES = 8  # that rkv and snapkv remember of each slot (generate/eviction.py)
-EVICTION_BYTES = 4 * (16 << 20)  # its temporaries, each of at most a block (generate/eviction.py)
+EVICTION_BYTES = 4 * (8 << 20)  # its temporaries, each of at most a block (generate/eviction.py)
 # the most tokens that go through a layer together: on a GPU its products gain nothing beyond; on a CPU the
 # activations stay in the cache (the embedded model learns 1.6 times as fast as with 4096)
 MOST_MICRO_TOKENS = {"device": 8192, "host": 1024}

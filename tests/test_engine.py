@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from frugal_rl.decoder import Decoder
 from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.generate.cache import SlotCache
-from frugal_rl.generate.engine import Engine
+from frugal_rl.generate.engine import SEEN_MULTIPLE, Engine, _Run
+from frugal_rl.generate.eviction import Eviction
 from frugal_rl.generate.sample import StopText, Truncation, draw, inverse_cdf, truncate
 from frugal_rl.learn import Learner
 from frugal_rl.rollout import Request, Rollout
@@ -153,6 +155,66 @@ def test_finished_slots_are_refilled_at_once() -> None:
     assert min(lengths) < max(lengths)
     # perfect packing needs total / slots steps; the tail and the first token (from the prefill) aside
     assert engine.stats.decode_steps <= sum(lengths) / 4 + max(lengths)
+
+
+def test_columns_beyond_the_longest_slot_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, decoder = make_decoder("qwen2")
+    requests = make_requests(8, 2)
+    exact = run(Engine(decoder, 5, STOPS, 1000), requests, 1.0)
+    monkeypatch.setitem(SEEN_MULTIPLE, "cpu", 16)
+    for one, other in zip(exact, run(Engine(decoder, 5, STOPS, 1000), requests, 1.0), strict=True):
+        assert one.response_ids.tolist() == other.response_ids.tolist()
+        np.testing.assert_allclose(one.logprob_T, other.logprob_T, atol=1e-5)
+
+
+class Operations(TorchDispatchMode):
+    """Records what torch is asked to do, and the shapes that come out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        parts = out if isinstance(out, tuple | list) else [out]
+        masks = args[1] if "index" in str(func) and isinstance(args[1], list | tuple) else []
+        if any(isinstance(m, torch.Tensor) and m.dtype == torch.bool for m in masks):
+            self.seen.append(("nonzero of a mask", []))
+        self.seen.append((str(func), [tuple(t.shape) for t in parts if isinstance(t, torch.Tensor)]))
+        return out
+
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default", "is_nonzero")
+
+
+@pytest.mark.parametrize("method", [None, "rkv", "snapkv", "h2o", "streaming"])
+@pytest.mark.parametrize("truncation", [Truncation(), Truncation(9, 0.9, 0.05)])
+def test_decoding_waits_for_no_value_and_has_static_shapes(method: Any, truncation: Truncation) -> None:
+    _, decoder = make_decoder("qwen2")
+    eviction = Eviction(method, 12, 4) if method else None
+    engine = Engine(decoder, 4, STOPS, 1000, eviction=eviction)
+    with torch.no_grad(), decoder.sampling():
+        batch = _Run(engine, make_requests(4, 1), MAX_TOKENS, 1.0, truncation)
+        batch.admit()
+        steps = []
+        for _ in range(14):
+            with Operations() as operations:
+                batch.decode()
+            steps.append(operations.seen)
+            assert not [name for name, _ in operations.seen if any(w in name for w in WAITS)]
+        assert engine.stats.evictions > (0 if method else -1)
+        # the same slots and columns: the same operations on the same shapes, whatever the values
+        batch.entry_S.fill_(3)
+        with Operations() as first:
+            batch._step(4, 12)
+        batch.token_ST.random_(8, VOCABULARY)
+        batch.entry_S[1] = 7
+        with Operations() as second:
+            batch._step(4, 12)
+    assert first.seen == second.seen
+    with Operations() as waiting:  # and the names are those of what does wait
+        bool(batch.token_ST[0, 0] > 0)
+    assert any("_local_scalar_dense" in name for name, _ in waiting.seen)
 
 
 def test_the_cache_is_as_large_as_its_slots_say() -> None:

@@ -232,6 +232,35 @@ def test_compression_keeps_the_best_of_each_layer_and_head_in_order_and_in_place
     assert torch.equal(cache.value_LSKCD[:, 1], value[:, 1])
 
 
+@pytest.mark.parametrize("kind", [LastQueries, AttentionSums])
+def test_padding_is_not_remembered_and_blocks_change_nothing(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(3, 8, 20, SIZE), torch.randn(3, KV_HEADS, 20, SIZE)
+    slot_B, lengths = torch.tensor([2, 0, 1]), [20, 11, 9]
+    start_B = torch.zeros(3, dtype=torch.long)
+    together, alone, blocks = (kind(make_cache(), 8) for _ in range(3))
+    together.observe(slot_B, start_B, torch.tensor(lengths), 1, query, key, None, 0.5)
+    monkeypatch.setattr(module, "EVICTION_BLOCK_BYTES", 3 * 8 * 20 * 4)
+    blocks.observe(slot_B, start_B, torch.tensor(lengths), 1, query, key, None, 0.5)
+    for row, length in enumerate(lengths):
+        for t in range(length):
+            one = slice(row, row + 1)
+            at = torch.tensor([t])
+            all_seen = torch.ones(1, 1, 1, t + 1, dtype=torch.bool)
+            q, k = query[one, :, t : t + 1], key[one, :, : t + 1]
+            alone.observe(slot_B[one], at, at + 1, 1, q, k, all_seen, 0.5)
+    name = "query_LSWHD" if kind is LastQueries else "attention_LSKC"
+    expected = getattr(alone, name)
+    assert expected[1].abs().sum() > 0
+    assert not expected[0].any()
+    torch.testing.assert_close(getattr(together, name), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(getattr(blocks, name), expected, rtol=0, atol=1e-5)
+    if kind is AttentionSums:  # each query of each of the 4 heads of a group gives 1 in all
+        assert expected[1].sum(dim=-1).flatten().tolist() == pytest.approx([44, 44, 36, 36, 80, 80], abs=1e-4)
+
+
 # --- the engine
 
 
@@ -337,6 +366,23 @@ def test_the_engine_is_one_sequence_at_a_time_with_slow_scores(kind: str, method
             ids, logprobs = slow_generate(decoder, request, cache, 40, STOPS)
         assert rollout.response_ids.tolist() == ids
         np.testing.assert_allclose(rollout.logprob_T, logprobs, atol=1e-4)  # float32, other order of sums
+
+
+@pytest.mark.parametrize("heads", [2, 14])
+@pytest.mark.parametrize("method", METHODS)
+def test_so_it_is_for_groups_of_one_and_of_seven(method: Any, heads: int) -> None:
+    config = make_config("qwen2", layers=2, num_attention_heads=heads)
+    decoder = Decoder(config, weights_of(make_model(config)))
+    for prefill_tokens in (100, 5):
+        requests = make_requests([4, 15, 29])
+        engine = Engine(decoder, 3, STOPS, prefill_tokens, eviction=Eviction(method, 12, 6))
+        rollouts = run(engine, requests, max_tokens=24, temperature=0.0)
+        for request, rollout in zip(requests, rollouts, strict=True):
+            with torch.no_grad():
+                cache = SlowCache(method, 12, 6, 2, heads // KV_HEADS)
+                ids, logprobs = slow_generate(decoder, request, cache, 24, STOPS)
+            assert rollout.response_ids.tolist() == ids
+            np.testing.assert_allclose(rollout.logprob_T, logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -489,6 +535,7 @@ def test_temporaries_stay_within_the_plan(method: Any) -> None:
     memory = eviction.memory(cache, 28)
     peak = peak_bytes(lambda: eviction.compress_(cache, memory, list(range(24)), [640] * 24))
     assert peak < EVICTION_BYTES
+    assert peak < cache.nbytes  # of one layer
 
 
 def test_a_buffer_of_nothing_is_refused() -> None:

@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -206,14 +207,12 @@ class _Run:
         places = [*self.ended, *range(len(self.sequences), self.cache.slots)]
         taken = [self.waiting.popleft() for _ in range(min(len(places), len(self.waiting)))]
         # at most one prompt has members both in slots and in the queue: a copy spoils no other's source
-        sources = {s.prompt: slot for slot, s in enumerate(self.sequences) if self._has_prompt(slot)}
-        sources |= {self.sequences[slot].prompt: slot for slot in self.ended if self._has_prompt(slot)}
+        sources = {s.prompt: slot for slot, s in enumerate(self.sequences) if s.whole}
         groups: dict[Prompt, list[int]] = {}
         for index in taken:
             prompt = self.requests[index].prompt_ids
             source = sources.get(prompt) if index in self.begun else None
-            slot = source if source is not None and source in places else places[0]
-            places.remove(slot)
+            slot = places.pop(0)
             if source is None:
                 self.begun.pop(index, None)
                 self._seat(slot, _Sequence(index, prompt, 0, 0))
@@ -225,19 +224,16 @@ class _Run:
             self._seat(slot, _Sequence(index, prompt, entries, entries))
             self._begin([slot], self.begun.pop(index))
         prompts = sorted(groups, key=len, reverse=True)
-        fit = min(self.engine.prefill_tokens, self.cache.entries)
         while prompts:
-            count = max(1, fit // len(prompts[0]))
+            count = max(1, self.engine.prefill_tokens // len(prompts[0]))
+            if len(prompts[0]) > self.cache.entries:
+                count = 1
             logit_BV = self._prefill({p: groups[p][0] for p in prompts[:count]})
             self._first_tokens(logit_BV, prompts[:count], groups)
             prompts = prompts[count:]
         for slot in sorted(set(self.ended) & set(places), reverse=True):
             self._close(slot)
         self.ended = []
-
-    def _has_prompt(self, slot: int) -> bool:
-        """What is remembered of a prompt's queries changes with every token of the response."""
-        return self.memory is None and self.sequences[slot].whole
 
     def _seat(self, slot: int, sequence: _Sequence) -> None:
         """Give a slot to a sequence: the host's view of it, and its random numbers."""
@@ -308,9 +304,9 @@ class _Run:
         uniform_S = self.uniform_ST[torch.tensor(slots, device=device), 0]
         self._begin(slots, self._draw(logit_BV[torch.tensor(rows, device=device)], uniform_S))
         if self.memory is not None:
-            return  # those that wait will run their prompt again
+            return  # what is remembered changes with every token: those that wait run their prompt again
         for row, prompt in enumerate(prompts):
-            later = [i for i in self.waiting if self.requests[i].prompt_ids == prompt]
+            later = list(takewhile(lambda i, p=prompt: self.requests[i].prompt_ids == p, self.waiting))  # type: ignore[misc]
             for start in range(0, len(later), self.cache.slots):
                 part = later[start : start + self.cache.slots]
                 number = np.concatenate([self._uniforms(i, 1) for i in part])

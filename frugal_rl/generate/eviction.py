@@ -38,7 +38,7 @@ POOL = 7  # neighbouring entries that share their importance: R-KV, appendix; it
 IMPORTANCE = 0.1  # lambda of R-KV eq. 6: the weight of importance against redundancy
 SIMILAR = 0.5  # cosine above which two keys say the same
 SINKS = 4  # first entries that StreamingLLM keeps
-EVICTION_BLOCK_BYTES = 16 << 20  # bounds each of the few temporaries of scoring and gathering
+EVICTION_BLOCK_BYTES = 8 << 20  # bounds each of the few temporaries of scoring and gathering
 NEVER, ALWAYS = float("-inf"), float("inf")
 
 
@@ -166,8 +166,8 @@ class Memory(Protocol):
     ) -> None:
         """Queries [B, H, T, D] at positions [start, end) of each slot's sequence pass. In place, no sync.
 
-        key [B, K, C, D] and mask [B, 1, T, C] are as `decoder.attention` gets them; None is causal. T may
-        be more than end - start: the rest is padding.
+        key [B, K, C, D] and mask [B, 1, T, C] are as `decoder.attention` gets them; without a mask query t
+        sees the entries up to t. T may be more than end - start: the rest is padding.
         """
 
     def copy_(self, source: int, slots: list[int]) -> None:

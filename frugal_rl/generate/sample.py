@@ -83,7 +83,6 @@ def truncate(logprob_SV: Tensor, truncation: Truncation) -> Tensor:
         falling_SV, order_SV = torch.softmax(out_SV, dim=-1).sort(dim=-1, descending=True, stable=True)
         before_SV = falling_SV.cumsum(dim=-1) - falling_SV
         out_of_p_SV = before_SV >= truncation.top_p
-        out_of_p_SV[:, 0] = False
         out_SV = out_SV.masked_fill(out_of_p_SV.scatter(1, order_SV, out_of_p_SV), float("-inf"))
     if truncation.min_p is not None:
         ratio_SV = (logprob_SV - logprob_SV.max(dim=-1, keepdim=True).values).exp()
