@@ -359,10 +359,13 @@ def _remembered_bytes(shape: Shape, eviction: str | None, entries: int, compute_
 
 
 def _activation_bytes(shape: Shape, compute_bytes: int) -> int:
-    """What autograd keeps for one token of one layer, and its gradients at the widest place."""
-    attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_size
-    kept = 8 * shape.hidden + 3 * attention + 5 * shape.intermediate
-    return 2 * kept * compute_bytes
+    """What autograd keeps for one token of one layer, and two gradients at the widest place, the MLP.
+
+    Norms are computed in float32: below it, each keeps its input and result in float32 too.
+    """
+    attention = (4 * shape.heads + 3 * shape.kv_heads) * shape.head_size
+    norms = 0 if compute_bytes >= FLOAT32_BYTES else 4 * shape.hidden * FLOAT32_BYTES
+    return (5 * shape.hidden + attention + 6 * shape.intermediate) * compute_bytes + norms
 
 
 def table(plans: Mapping[str, Plan]) -> str:
