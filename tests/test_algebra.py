@@ -16,7 +16,7 @@ def test_running_out_inside_math_verify_is_not_swallowed(kind: type[Exception]) 
     with pytest.raises(algebra.Exhausted, match=kind.__name__):
         try:
             guarded()
-        except Exception:  # as math-verify does
+        except Exception:  # noqa: BLE001 - as math-verify does
             raise AssertionError("swallowed") from None
 
 
