@@ -23,6 +23,8 @@ ANSWER_CHARACTERS: Final = 300
 
 
 class Verdict(enum.Enum):
+    """TIMEOUT: the limit of time, memory or stack was reached. ERROR: no one knows."""
+
     CORRECT = "correct"
     WRONG = "wrong"
     NO_ANSWER = "no_answer"

@@ -121,7 +121,7 @@ def _split(data: Source, notes: list[str]) -> tuple[list[_Row], list[_Row]]:
     if isinstance(data.heldout, int) and data.heldout < 0:
         raise InputError(f"data.heldout is {data.heldout}, expected a number of problems or a file")
     path = Path(data.source)
-    if data.source not in tasks.TASKS and (path.suffix == ".jsonl" or path.is_file()):
+    if tasks.find_task(data.source) is None and (path.suffix == ".jsonl" or path.is_file()):
         rows = _read_rows(path, data)
         if isinstance(data.heldout, str):
             heldout = _read_rows(Path(data.heldout), data)
@@ -175,13 +175,13 @@ def _refuse_overlap(train: list[_Row], heldout: list[_Row], data: Source) -> Non
 
 
 def _task_rows(name: str, split: str) -> list[_Row]:
-    task = tasks.TASKS.get(name)
+    task = tasks.find_task(name)
     if task is None:
-        near = difflib.get_close_matches(name, tasks.TASKS, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name, tasks.task_names(), n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(
             f"data.source {name!r} is neither a file nor a built-in task "
-            f"(built in: {', '.join(sorted(tasks.TASKS))}){hint}"
+            f"(built in: {', '.join(tasks.task_names())}){hint}"
         )
     return [
         _Row(

@@ -8,18 +8,16 @@ Invariants
   memory or stack was reached), ERROR (no one knows). The last two are never a WRONG in disguise; what
   they pay is a setting.
 - Results come in the order of the pairs. The same gold and answer are sent to a worker once.
-- Quick decisions are exact: strings, integers, decimals and fractions as `Fraction`; no float, no eval.
+- Decisions are exact: strings, decimals and fractions as `Fraction`, expressions to 300 digits.
 - One answer is judged, the last one given, so naming several gains nothing. Chains of `=`,
   alternatives, and problems restated as their own answer (integrals, sums, limits that the gold
   does not have) are WRONG.
 - Work before a length check is linear in the response; after it an answer has at most
   `ANSWER_CHARACTERS` characters.
 - No torch here; sympy and math-verify are imported in the workers alone.
+- A sum's verdict is its first part's; a function of a user's runs in the same killable workers.
 
-Source: math-verify 0.9 (huggingface/Math-Verify, `grader.py`), gold first, both wrapped as `$...$`.
-Differs: its SIGALRM timeouts are off, since it turns them into "not equal"; the pool kills instead.
-It calls `1204_8` equal to `1204_9`, `40 inches` to `40 feet`, `\{1,2\}` to the interval `(1,2)` and
-`0=5` to `5`: numbers with a base, units, brackets and equations are decided before it is asked.
+Source and differences: algebra.py, structure.py.
 """
 
 from __future__ import annotations

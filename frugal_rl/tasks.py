@@ -6,6 +6,8 @@ A task makes its rows itself, as a data file would hold them: dicts with a "prom
     last digit of 7+8+6+9?     ->  0
     worked by a chain of look-ups: 7+8=15;5+6=11;1+9=10;0
 
+The others come from generators.py, with a difficulty from 1: `gcd`, `gcd:3`.
+
 Invariants
 - A problem is held out if the hash of its text says so (`is_heldout`): one predicate for everything
   that draws problems, the training rows and the tool that teaches the embedded model alike, so a
@@ -24,11 +26,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from .errors import InputError
+from .generators import GENERATORS, HARDEST, Draw, Generator
 
 Row = dict[str, str]
 
 TRAIN_ROWS: Final = 4_000
 HELDOUT_ROWS: Final = 500
+MOST_DRAWS: Final = 200_000  # of a generator, for one split
 FEWEST_TERMS: Final = 4  # shorter sums are so few that training would meet them all
 MOST_TERMS: Final = 7  # the longest working has 43 characters
 
@@ -84,3 +88,47 @@ TASKS: Final[dict[str, Task]] = {
         reward="last",
     )
 }
+
+
+def find_task(name: str) -> Task | None:
+    """The task of that name, or `NAME:DIFFICULTY` of a generator; None if there is none.
+
+    Raises: InputError for a difficulty that does not exist.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    kind, colon, dial = name.partition(":")
+    generator = GENERATORS.get(kind)
+    if generator is None:
+        return None
+    if colon and not (dial.isascii() and dial.isdigit() and 1 <= int(dial) <= HARDEST):
+        raise InputError(f"task {name!r}: the difficulty is a whole number from 1 to {HARDEST}")
+    level = int(dial) if colon else 1
+    return Task(
+        name=name,
+        description=f"{generator.description}, difficulty {level}",
+        rows=lambda split: _generated_rows(name, generator, level, split),
+        reward=generator.reward,
+    )
+
+
+def task_names() -> list[str]:
+    """Every task, those with a dial without it."""
+    return sorted({*TASKS, *GENERATORS})
+
+
+def _generated_rows(name: str, generator: Generator, level: int, split: str) -> list[Row]:
+    """Distinct prompts of one side of the split. The two sides draw from seeds of their own."""
+    if split not in ("train", "heldout"):
+        raise InputError(f"task {name}: split {split!r} does not exist; use 'train' or 'heldout'")
+    heldout = split == "heldout"
+    wanted = HELDOUT_ROWS if heldout else TRAIN_ROWS
+    draw = Draw(2 * level + int(heldout))
+    rows: dict[str, Row] = {}
+    for _ in range(MOST_DRAWS):
+        if len(rows) == wanted:
+            break
+        prompt, answer = generator.make(draw, level)
+        if is_heldout(prompt) == heldout:
+            rows.setdefault(prompt, {"prompt": prompt, "answer": answer})
+    return list(rows.values())

@@ -16,7 +16,18 @@ PACKAGE = Path(frugal_rl.__file__).parent
 # Each module may import from the lines above its own, and from its own line only what stands before it.
 LEVELS = [
     ["errors"],
-    ["kinds", "sandbox", "container", "codes", "patch", "config", "rollout", "tasks", "console"],
+    [
+        "kinds",
+        "sandbox",
+        "generators",
+        "container",
+        "codes",
+        "patch",
+        "config",
+        "rollout",
+        "tasks",
+        "console",
+    ],
     [
         "undo",
         "checkpoint",
