@@ -252,6 +252,9 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
 @click.argument("model", required=False)
 @click.option("--recipe", metavar="NAME|FILE", help="Where the values below come from if not given.")
 @click.option("--memory", metavar="SIZE", help="The budget, such as 24GiB.")
+@click.option(
+    "--host-memory", metavar="SIZE", help="That a GPU's host can spare [3/4 of this machine's memory]."
+)
 @click.option("--device", type=click.Choice(["gpu", "cpu"]), default="gpu", help="[gpu]")
 @click.option("--prompts", type=click.IntRange(1), help="Prompts a step.")
 @click.option("--samples", type=click.IntRange(1), help="Responses to each prompt.")
@@ -262,6 +265,7 @@ def plan_command(
     model: str | None,
     recipe: str | None,
     memory: str | None,
+    host_memory: str | None,
     device: str,
     prompts: int | None,
     samples: int | None,
@@ -293,6 +297,7 @@ def plan_command(
         storage_bytes=storage_bytes,
         compute_bytes=storage_bytes if on_gpu else planner.FLOAT32_BYTES,
         has_host=on_gpu,
+        host_room_bytes=parse_bytes(host_memory) if host_memory else planner.host_bytes() * 3 // 4,
         kv_entries=compression.entries if compression else None,
         eviction=compression.method if compression else None,
     )

@@ -20,7 +20,7 @@ def run_plan(*words: str) -> tuple[int, str]:
 
 
 def test_what_fits_is_said_with_exit_code_0() -> None:
-    code, text = run_plan("Qwen2.5-7B", "--memory", "24GiB")
+    code, text = run_plan("Qwen2.5-7B", "--memory", "24GiB", "--host-memory", "64GiB")
     assert code == 0
     assert text.startswith(
         "Qwen2.5-7B: 7.62 G parameters; gpu, 24.0 GiB; 16 prompts x 8 samples, up to 512 + 1024"
@@ -80,3 +80,10 @@ def test_on_a_cpu_arithmetic_is_float32() -> None:
 def test_bad_input_is_refused_by_name(words: Sequence[str], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         run_plan(*words)
+
+
+def test_a_host_with_less_memory_keeps_fewer_boundary_states() -> None:
+    words = ["Qwen2.5-7B", "--memory", "24GiB", "--json", "--host-memory"]
+    most, less = (json.loads(run_plan(*words, room)[1])["forms"]["int8"] for room in ("96GiB", "24GiB"))
+    assert most["boundary_every"] == 1 < less["boundary_every"]
+    assert less["host_bytes"] <= 24 * 2**30 < most["host_bytes"]
