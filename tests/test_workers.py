@@ -158,6 +158,7 @@ def test_a_process_that_forks_late_goes_on_with_workers_of_its_own() -> None:
 def test_ctrl_c_reaches_the_parent_and_leaves_no_worker_behind() -> None:
     done = run_python("""
         import os, signal, threading
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
         from frugal_rl.workers import Pool
         with Pool("test_workers:misbehave", workers=1, timeout_s=50) as pool:
             pid = pool.submit("pid").result().value
