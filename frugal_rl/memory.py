@@ -223,6 +223,10 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
         "layer copies": _streamed_bytes(shape, work.storage_bytes, compute) if form.host else layer * copied,
         "patch": changed * form.patch_bytes,
         "step's changes": changed * WAITING_BYTES,
+        # the head's gradient of the rows that occur, which waits for the embedding's
+        "tied rows": min(shape.vocabulary, work.sequences * work.longest) * shape.hidden * FLOAT32_BYTES
+        if shape.tied
+        else 0,
     }
     # in turns: the head, and one layer after the other
     # the states that predict a response token, normed, and their gradient
