@@ -215,11 +215,12 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
         return f"{score['value']:.1%} (95 %: {score['low']:.1%} to {score['high']:.1%})"
 
     lines = [f"held-out accuracy  {interval(before)} -> {interval(after)}, {before['problems']} problems"]
-    if "export_lost" in summary:
-        lost, score = summary["export_lost"], summary["accuracy_exported"]
+    if "accuracy_exported" in summary:  # what was sampled is not the checkpoint with the patch
+        score, lost = summary["accuracy_exported"], summary.get("export_lost")
+        share_lost = (lost or 0) / max(1, entries)
+        exact = "exact" if lost is None else f"{lost:,} changed entries ({share_lost:.2%}) lost to rounding"
         lines.append(
-            f"exported           checkpoint + patch: {interval(score) if score else 'not measured'}; "
-            f"{lost:,} changed entries ({lost / max(1, entries):.2%}) lost to rounding"
+            f"exported           checkpoint + patch: {interval(score) if score else 'not measured'}; {exact}"
         )
     lines += [
         f"steps              {summary['steps']} in {summary['train_seconds']:.0f} s, "
