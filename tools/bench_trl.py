@@ -7,7 +7,7 @@ process of its own. TRL trains the checkpoint in float32 (bf16 products are slow
 with its own generation, one optimizer step a rollout batch and no KL. The first step of each is a warm-up and
 is left out. Needs trl, a dependency of this script only.
 
-MEASURED
+Not measured on an idle machine yet; on a busy one 2.2 times as fast, with half the memory.
 """
 
 from __future__ import annotations
