@@ -33,6 +33,9 @@ time, 109 with blocks up to 32 MiB kept).
     host      2 x 64     1.5GiB               867 MiB    816 MiB   1       23
     host      4 x 256    1.5GiB               951 MiB    936 MiB   1       85
     sgd-fp32  16 x 512                        18.5 GiB                     398
+    trl       2 x 32                          2.2 GiB                      55
+    sgd       2 x 32                          2.6 GiB                      85
+    adamw     2 x 32                          4.4 GiB                      92
 
 Not measured: host at 16 x 512. sgd in bf16 with 2 x 512 did not end in 16 minutes.
 """
