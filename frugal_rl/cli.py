@@ -291,6 +291,7 @@ def plan_command(
     if budget is None:
         budget = parse_bytes(PLAN_MEMORY) if on_gpu else planner.host_bytes() * 3 // 4
     compression = config.rollout.compression
+    host_room = parse_bytes(host_memory) if host_memory else planner.host_bytes() * 3 // 4
     work = planner.Work(
         sequences=prompts * samples,
         prompt_tokens=prompt_tokens or config.data.max_prompt_tokens,
@@ -298,7 +299,7 @@ def plan_command(
         storage_bytes=storage_bytes,
         compute_bytes=storage_bytes if on_gpu else planner.FLOAT32_BYTES,
         has_host=on_gpu,
-        host_room_bytes=parse_bytes(host_memory) if host_memory else planner.host_bytes() * 3 // 4,
+        host_room_bytes=host_room,
         kv_entries=compression.entries if compression else None,
         eviction=compression.method if compression else None,
     )
@@ -312,6 +313,7 @@ def plan_command(
         "parameters": shape.parameters,
         "device": device,
         "budget_bytes": budget,
+        "host_room_bytes": host_room if on_gpu else None,
         "prompts": prompts,
         "samples": samples,
         "prompt_tokens": work.prompt_tokens,
@@ -321,7 +323,8 @@ def plan_command(
 
     def text() -> str:
         head = (
-            f"{model}: {planner.count(shape.parameters)} parameters; {device}, {size(budget)}; "
+            f"{model}: {planner.count(shape.parameters)} parameters; {device}, {size(budget)}"
+            f"{f', its host {size(host_room)}' if on_gpu else ''}; "
             f"{prompts} prompts x {samples} samples, "
             f"up to {work.prompt_tokens} + {work.response_tokens} tokens"
         )

@@ -23,7 +23,8 @@ def test_what_fits_is_said_with_exit_code_0() -> None:
     code, text = run_plan("Qwen2.5-7B", "--memory", "24GiB", "--host-memory", "64GiB")
     assert code == 0
     assert text.startswith(
-        "Qwen2.5-7B: 7.62 G parameters; gpu, 24.0 GiB; 16 prompts x 8 samples, up to 512 + 1024"
+        "Qwen2.5-7B: 7.62 G parameters; gpu, 24.0 GiB, its host 64.0 GiB; 16 prompts x 8 samples, "
+        "up to 512 + 1024"
     )
     for word in ("KV pool", "boundary states", "gradient scratch", "micro-batch tokens", "slots", "fits"):
         assert word in text, word

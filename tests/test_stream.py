@@ -17,7 +17,6 @@ from frugal_rl.config import load_recipe, read_recipe
 from frugal_rl.decoder import Decoder, parameter_names
 from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.generate.engine import Engine
-from frugal_rl.journal import Journal
 from frugal_rl.learn import Learner
 from frugal_rl.patch import Patch
 from frugal_rl.rollout import Request
@@ -286,22 +285,10 @@ def test_a_reference_that_nothing_asks_is_refused() -> None:
 
 
 def test_a_host_run_that_is_resumed_ends_as_one_never_stopped_and_fits_the_checkpoint(tmp_path: Path) -> None:
-    from .test_train import QUIET, SMALL, session_of
+    from .test_train import SMALL, session_of, whole_and_halves
 
     recipe = load_recipe("tiny", [*SMALL, "model.weights=host"])
-    patches = []
-    for name, stops in (("whole", [False]), ("halves", [True, False])):
-        folder = tmp_path / name
-        for part, stop in enumerate(stops):
-            with session_of(recipe) as session:
-                if part:
-                    journal, _ = Journal.open(folder)
-                    loop.resume(session, journal, QUIET)
-                else:
-                    journal = Journal.create(folder, recipe, force=False)
-                summary = loop.train(session, journal, QUIET, lambda stop=stop: stop)
-                learned = {k: v.clone() for k, v in session.policy.weights.tensors.items()}
-        patches.append((folder / "patch.safetensors").read_bytes())
+    patches, (_, summary), (_, learned) = whole_and_halves(recipe, tmp_path)
     assert patches[0] == patches[1]
     assert summary["accuracy_exported"]["problems"] == 8 and "export_lost" not in summary
     with session_of(load_recipe("tiny", SMALL)) as session:

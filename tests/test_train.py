@@ -367,8 +367,10 @@ def test_metrics_hold_no_number_that_json_cannot(tiny: loop.Session, tmp_path: P
 INT8 = [*SMALL, "model.weights=int8"]
 
 
-def test_an_int8_run_that_is_resumed_ends_as_one_that_was_never_stopped(tmp_path: Path) -> None:
-    recipe = load_recipe("tiny", INT8)
+def whole_and_halves(
+    recipe: Recipe, tmp_path: Path
+) -> tuple[list[bytes], list[dict[str, Any]], list[dict[str, torch.Tensor]]]:
+    """Patch files, summaries and last weights of a run of two steps, and of one stopped between them."""
     patches, summaries, policies = [], [], []
     for name, stops in (("whole", [False]), ("halves", [True, False])):
         folder = tmp_path / name
@@ -383,10 +385,15 @@ def test_an_int8_run_that_is_resumed_ends_as_one_that_was_never_stopped(tmp_path
                 if stop:
                     assert summary["steps"] == 1
                     assert summary["accuracy_exported"] is None
-                policy = {k: v.clone() for k, v in session.policy.weights.tensors.items()}
+                policy = snapshot(session)
         patches.append((folder / "patch.safetensors").read_bytes())
         summaries.append(summary)
         policies.append(policy)
+    return patches, summaries, policies
+
+
+def test_an_int8_run_that_is_resumed_ends_as_one_that_was_never_stopped(tmp_path: Path) -> None:
+    patches, summaries, policies = whole_and_halves(load_recipe("tiny", INT8), tmp_path)
     assert same_bits(*policies)
     assert patches[0] == patches[1]
     assert summaries[0]["steps"] == 2
