@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from frugal_rl.errors import InputError
-from frugal_rl.kinds import read_kind
+from frugal_rl.rewards.kinds import read_kind
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Reward:
-    kind: Text  # a built-in reward, path.py:function, or a weighted sum: see kinds.py
+    kind: Text  # a built-in reward, path.py:function, or a weighted sum: see rewards/kinds.py
     timeout_s: Positive = 5.0
     on_timeout: float = 0.0  # the reward of a response whose verification timed out
     on_error: float = 0.0  # and of one whose verification failed

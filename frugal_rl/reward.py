@@ -17,7 +17,7 @@ Invariants
 - No torch here; sympy and math-verify are imported in the workers alone.
 - A sum's verdict is its first part's; a function of a user's runs in the same killable workers.
 
-Source and differences: algebra.py, structure.py.
+Source and differences: rewards/algebra.py, rewards/structure.py.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Final, Protocol, Self, TypeVar
 
-from frugal_rl import sandbox
-from frugal_rl.answers import Verdict, last_boxed
 from frugal_rl.errors import InputError
-from frugal_rl.judges import KINDS, Quick, Undecided, compare_math, overlong, wrong
-from frugal_rl.kinds import Part, read_kind
-from frugal_rl.workers import MEMORY_BYTES, Ended, Outcome, Pool
+from frugal_rl.rewards import sandbox
+from frugal_rl.rewards.answers import Verdict, last_boxed
+from frugal_rl.rewards.judges import KINDS, Quick, Undecided, compare_math, overlong, wrong
+from frugal_rl.rewards.kinds import Part, read_kind
+from frugal_rl.rewards.workers import MEMORY_BYTES, Ended, Outcome, Pool
 
 REMEMBERED: Final = 20_000  # answers whose verdict is kept; a group's samples often agree
 
@@ -66,7 +66,7 @@ G = TypeVar("G", bound=Golden)
 
 @dataclass
 class Verifier:
-    """Judges by a `reward.kind` (kinds.py). A context manager; workers start when the first is needed."""
+    """Judges by a `reward.kind` (rewards/kinds.py). A context manager; workers start when needed."""
 
     kind: str
     workers: int | None = None  # absent: one less than the processors, at most 8
@@ -156,7 +156,7 @@ class Verifier:
                 "response": response,
                 "arguments": part.arguments,
             }
-            pool = self._pool("frugal_rl.custom:call", part.function, {"function": part.function})
+            pool = self._pool("frugal_rl.rewards.custom:call", part.function, {"function": part.function})
             where = str(fields.get("id", fields["answer"]))[:80]
             return self._follow(pool.submit(payload), 0.0, f"{part.name} on {where}: ")
         if part.name == "overlong":
@@ -198,7 +198,7 @@ class Verifier:
         if known is not None and not (known.done() and _unsettled(known)):
             return known
         warm_up = {"gold": r"\frac{x}{2}", "answer": r"\sqrt{x^2+1}", "identical": True}
-        pool = self._pool("frugal_rl.algebra:sympy_equal", "math", warm_up)
+        pool = self._pool("frugal_rl.rewards.algebra:sympy_equal", "math", warm_up)
         if len(self._known) >= REMEMBERED:
             self._known.clear()
         asked = pool.submit(asdict(question))

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from frugal_rl.answers import Verdict
 from frugal_rl.reward import Verifier
+from frugal_rl.rewards.answers import Verdict
 
 DEADLINE_S = 8.0
 SLACK_S = 4.0  # the pool's clock starts with the worker; a busy machine wakes it late

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from frugal_rl import algebra
+from frugal_rl.rewards import algebra
 
 
 @pytest.mark.parametrize("kind", [MemoryError, RecursionError])

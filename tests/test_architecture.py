@@ -17,8 +17,8 @@ PACKAGE = Path(frugal_rl.__file__).parent
 LEVELS = [
     ["errors"],
     [
-        "kinds",
-        "sandbox",
+        "rewards.kinds",
+        "rewards.sandbox",
         "generators",
         "container",
         "codes",
@@ -31,14 +31,14 @@ LEVELS = [
     [
         "undo",
         "checkpoint",
-        "workers",
-        "quantities",
-        "answers",
-        "structure",
-        "judges",
-        "algebra",
-        "custom",
-        "verifiers",
+        "rewards.workers",
+        "rewards.quantities",
+        "rewards.answers",
+        "rewards.structure",
+        "rewards.judges",
+        "rewards.algebra",
+        "rewards.custom",
+        "rewards.verifiers",
     ],
     ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes"],
     ["doctor", "stream", "storage", "weights"],
@@ -70,7 +70,7 @@ def modules() -> dict[str, Path]:
     found = {}
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if name not in ("__init__", "__main__", "generate.__init__"):
+        if name not in ("__init__", "__main__", "generate.__init__", "rewards.__init__"):
             found[name] = path
     return found
 

@@ -11,10 +11,10 @@ from fractions import Fraction
 
 import pytest
 
-from frugal_rl.answers import Verdict
 from frugal_rl.errors import InputError
 from frugal_rl.generators import GENERATORS, HARDEST, Draw
 from frugal_rl.reward import Verifier
+from frugal_rl.rewards.answers import Verdict
 from frugal_rl.tasks import find_task, is_heldout, task_names
 
 LEVELS = (1, 3, HARDEST)

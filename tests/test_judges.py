@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from frugal_rl.answers import Verdict
 from frugal_rl.errors import FrugalError, InputError
-from frugal_rl.judges import overlong
-from frugal_rl.kinds import Part, read_kind
 from frugal_rl.reward import Judgement, Verifier
-from frugal_rl.verifiers import countdown
+from frugal_rl.rewards.answers import Verdict
+from frugal_rl.rewards.judges import overlong
+from frugal_rl.rewards.kinds import Part, read_kind
+from frugal_rl.rewards.verifiers import countdown
 
 C, W, N, E, T = Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.ERROR, Verdict.TIMEOUT
 
@@ -119,7 +119,7 @@ def test_a_sum_has_the_first_verdict_and_every_part_by_name() -> None:
 def test_a_kind_is_cut_at_pluses_outside_brackets() -> None:
     assert read_kind(r"math + 0.5*format((a + b),\d+)") == (
         Part(1.0, "math"),
-        Part(0.5, "format", (r"(a + b),\d+",), "frugal_rl.verifiers:regular_expression"),
+        Part(0.5, "format", (r"(a + b),\d+",), "frugal_rl.rewards.verifiers:regular_expression"),
     )
 
 
@@ -132,7 +132,7 @@ def test_bad_arguments_are_refused_before_anything_is_judged(kind: str) -> None:
 
 
 MINE = """
-from frugal_rl.answers import Verdict
+from frugal_rl.rewards.answers import Verdict
 import helper
 
 def graded(problem, response):

@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frugal_rl.answers import Verdict, final_answer, last_boxed, normalise
 from frugal_rl.errors import InputError
-from frugal_rl.judges import KINDS, Decided, compare_math
-from frugal_rl.kinds import BUILT_IN
-from frugal_rl.quantities import quantity
 from frugal_rl.reward import Verifier
+from frugal_rl.rewards.answers import Verdict, final_answer, last_boxed, normalise
+from frugal_rl.rewards.judges import KINDS, Decided, compare_math
+from frugal_rl.rewards.kinds import BUILT_IN
+from frugal_rl.rewards.quantities import quantity
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("FRUGAL_RL_DATA", ROOT.parent / "shared" / "data"))

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from frugal_rl.answers import Verdict
 from frugal_rl.errors import InputError
 from frugal_rl.reward import Verifier
-from frugal_rl.sandbox import Unconfined, check, run_python
-from frugal_rl.verifiers import code
+from frugal_rl.rewards.answers import Verdict
+from frugal_rl.rewards.sandbox import Unconfined, check, run_python
+from frugal_rl.rewards.verifiers import code
 
 try:
     check()

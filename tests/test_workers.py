@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from frugal_rl.errors import FrugalError
-from frugal_rl.workers import NICE, Ended, Pool
+from frugal_rl.rewards.workers import NICE, Ended, Pool
 
 ROOT = Path(__file__).resolve().parent.parent
 SLACK_S = 2.0  # a busy machine wakes the parent this much late
@@ -140,7 +140,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 def test_a_process_that_forks_late_goes_on_with_workers_of_its_own() -> None:
     done = run_python("""
         import os
-        from frugal_rl.workers import Pool
+        from frugal_rl.rewards.workers import Pool
         pool = Pool("test_workers:misbehave", workers=1, timeout_s=20)
         mine = pool.submit("pid").result().value
         child = os.fork()
@@ -159,7 +159,7 @@ def test_ctrl_c_reaches_the_parent_and_leaves_no_worker_behind() -> None:
     done = run_python("""
         import os, signal, threading
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
-        from frugal_rl.workers import Pool
+        from frugal_rl.rewards.workers import Pool
         with Pool("test_workers:misbehave", workers=1, timeout_s=50) as pool:
             pid = pool.submit("pid").result().value
             assert os.getsid(pid) != os.getsid(0)
@@ -182,7 +182,7 @@ def test_ctrl_c_reaches_the_parent_and_leaves_no_worker_behind() -> None:
 def test_a_worker_ends_when_its_parent_is_killed() -> None:
     done = run_python("""
         import os, signal
-        from frugal_rl.workers import Pool
+        from frugal_rl.rewards.workers import Pool
         pool = Pool("test_workers:misbehave", workers=1, timeout_s=50)
         print(pool.submit("pid").result().value, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from frugal_rl.quantities import TEXT, quantity, same_quantity, unit_of, unit_ratio, words
+from frugal_rl.rewards.quantities import TEXT, quantity, same_quantity, unit_of, unit_ratio, words
 
 Leaf = Callable[[str, str], bool | None]
 T = TypeVar("T")
@@ -554,16 +554,3 @@ def _as_unit(gold: str, answer: str, leaf: Leaf) -> Any:
     if unit_ratio(unit, unit2) != 1:
         return False
     return _same(bare[0], bare[1], leaf)
-
-
-# What each returns is the answer, None for unknown, or NotImplemented where the rule has nothing to say.
-RULES: Final[tuple[Callable[[str, str, Leaf], Any], ...]] = (
-    _as_words,
-    _as_time_or_ratio,
-    _as_several,
-    _as_spans,
-    _as_equation,
-    _as_matrix,
-    _as_list,
-    _as_unit,
-)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent)
+PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 OUTPUT_BYTES_MAX = 1 << 20
 MEMORY_BYTES = 512 << 20
 REFUSED = 97  # exit code of a process that could not confine itself
@@ -55,7 +55,7 @@ def run_python(program: str, tests: str, *, stdin: str = "", seconds: float) -> 
     token = secrets.token_hex(16)
     source = (
         f"import sys; sys.path.insert(0, {PACKAGE_PARENT!r}); "
-        "import frugal_rl.sandbox as s; del sys.path[0]; s.confined()"
+        "import frugal_rl.rewards.sandbox as s; del sys.path[0]; s.confined()"
     )
     setup = {"program": program, "tests": tests, "stdin": stdin, "token": token, "seconds": seconds}
     process = subprocess.Popen(

@@ -17,7 +17,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Final
 
-from frugal_rl.quantities import TEXT
+from frugal_rl.rewards.quantities import TEXT
 
 ANSWER_CHARACTERS: Final = 300
 

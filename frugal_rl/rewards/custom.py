@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from frugal_rl.answers import Verdict
+from frugal_rl.rewards.answers import Verdict
 
 
 def call(payload: dict[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from frugal_rl.answers import Verdict, final_answer, marked_or_last_line, normalise
-from frugal_rl.sandbox import run_python
+from frugal_rl.rewards.answers import Verdict, final_answer, marked_or_last_line, normalise
+from frugal_rl.rewards.sandbox import run_python
 
 EXPRESSION_CHARACTERS = 200
 _FENCED = re.compile(r"^[ \t]*```(?:python|py|python3)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)

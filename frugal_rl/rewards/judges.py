@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-from frugal_rl.answers import ANSWER_CHARACTERS, Verdict, final_answer, marked_or_last_line, normalise
-from frugal_rl.quantities import NUMBER, quantity, same_quantity
-from frugal_rl.structure import Refused, compare
+from frugal_rl.rewards.answers import ANSWER_CHARACTERS, Verdict, final_answer, marked_or_last_line, normalise
+from frugal_rl.rewards.quantities import NUMBER, quantity, same_quantity
+from frugal_rl.rewards.structure import Refused, compare
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-from frugal_rl.structure import Refused, compare, sides
+from frugal_rl.rewards.structure import Refused, compare, sides
 
 DIGITS: Final = 320
 AGREE: Final = 300  # digits: a text of 300 characters can name a tiny difference

@@ -40,9 +40,9 @@ BUILT_IN: Final[dict[str, Form]] = {
     "choice": Form(),
     "tags": Form(fewest=1, most=20),  # names of tags, in order
     "overlong": Form(fewest=2, most=2),  # characters without loss, characters at -1
-    "format": Form(fewest=1, most=1, function="frugal_rl.verifiers:regular_expression"),
-    "code": Form(most=1, function="frugal_rl.verifiers:code"),  # seconds for one program
-    "countdown": Form(function="frugal_rl.verifiers:countdown"),
+    "format": Form(fewest=1, most=1, function="frugal_rl.rewards.verifiers:regular_expression"),
+    "code": Form(most=1, function="frugal_rl.rewards.verifiers:code"),  # seconds for one program
+    "countdown": Form(function="frugal_rl.rewards.verifiers:countdown"),
 }
 _TERM = re.compile(r"(?:([0-9.]+)\s*\*\s*)?([^()*\s][^()]*?)\s*(?:\((.*)\))?", re.DOTALL)
 

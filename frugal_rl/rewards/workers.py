@@ -52,7 +52,7 @@ from typing import Any, NoReturn, Self
 
 from frugal_rl.errors import FrugalError
 
-PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent)
+PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 MEMORY_BYTES = 1 << 30  # above what the template has; a worker for math needs 50 MiB
 START_S = 60.0  # importing sympy takes 1 s, on a busy or cold machine many times that
 REAP_S = 10.0  # SIGKILL to exit; memory has to be given back
@@ -155,7 +155,7 @@ class _Template:
         # The path of this package is there only while it is imported, so that it shadows nothing.
         program = (
             f"import sys; sys.path.insert(0, {PACKAGE_PARENT!r}); "
-            f"import frugal_rl.workers as w; del sys.path[0]; w.serve_template({theirs.fileno()})"
+            f"import frugal_rl.rewards.workers as w; del sys.path[0]; w.serve_template({theirs.fileno()})"
         )
         with theirs:
             self.process = subprocess.Popen(

@@ -1,0 +1,1 @@
+"""What judges responses: answers read out of text, compared exactly, and what runs in killable workers."""
