@@ -2,7 +2,7 @@
 
 The modules are transformers' own, built without memory (meta device). A layer gets its parameters
 from `Weights` only while it runs (`Decoder.layer`), as views where the storage format is the compute
-format and otherwise in one scratch that all layers share; outside, touching it is an error, so a
+format and otherwise in scratch that all layers share; outside, touching it is an error, so a
 stale weight cannot be read. The arguments that layers need besides the hidden state (rotary
 embeddings, masks) are caught from the model's own forward, run once with every layer replaced by a
 catcher; so nothing about an architecture is written down here but its shape.
@@ -135,14 +135,17 @@ class Decoder:
     # --- layers
 
     @contextmanager
-    def layer(self, index: int, *, learn: bool = False) -> Iterator[nn.Module]:
-        """Layer `index` with its weights in place, until the block ends; `learn` makes them leaves."""
+    def layer(self, index: int, *, learn: bool = False, place: int = 0) -> Iterator[nn.Module]:
+        """Layer `index` with its weights in place, until the block ends; `learn` makes them leaves.
+
+        Layers that are open together need different places; streamed ones are opened one at a time.
+        """
         module, targets = self.layers[index], self.targets[index]
         self.weights.bring(index)
         if self._resident is not None and not learn:
             parameters = self._resident[index]
         else:
-            parameters = [nn.Parameter(self._load(t.name, index), learn) for t in targets]
+            parameters = [nn.Parameter(self._load(t.name, index, place), learn) for t in targets]
         meta = [t.parameter for t in targets]
         for target, parameter in zip(targets, parameters, strict=True):
             target.module._parameters[target.attribute] = parameter
@@ -152,10 +155,11 @@ class Decoder:
             for target, empty in zip(targets, meta, strict=True):
                 target.module._parameters[target.attribute] = empty
 
-    def _load(self, name: str, index: int) -> Tensor:
+    def _load(self, name: str, index: int, place: int) -> Tensor:
         held = self.weights.seen(name)
         if held.whole(self.dtype) is None:
-            part, size = name.removeprefix(f"model.layers.{index}."), math.prod(held.shape)
+            part = f"{place}.{name.removeprefix(f'model.layers.{index}.')}"
+            size = math.prod(held.shape)
             if part not in self._scratch or self._scratch[part].numel() < size:
                 self._scratch[part] = torch.empty(size, dtype=self.dtype, device=self.device)
             return self.weights.load(name, self._scratch[part])

@@ -10,18 +10,19 @@ log-probabilities of the whole batch:
    nothing, and its gradient g = dL/dlogprob is all that the rest needs. With one step a batch, the old
    policy's log-probabilities are these very numbers;
 3. head again with g: dL/dx_L, and dL/dW_head proposed block by block;
-4. backward: for each group of k layers from the top, compute its inner x_l anew from the kept one, by the
-   same operations and so to the same bits; then for l from the group's top, all micro-batches: recompute
-   layer_l with its weights as leaves, accumulate ITS weight gradient in float32, propose it
-   (weights.Transaction), free it;
+4. backward: each group of k layers, from the top, is cut into runs of j layers (`layers_together`); the x_l
+   at their starts are computed anew from the kept one, by the same operations and so to the same bits; then
+   for each run from the group's top, all micro-batches: recompute its layers with their weights as leaves,
+   accumulate THEIR weight gradients in float32, propose them (weights.Transaction), free them;
 5. embedding: only rows that occur get a gradient. Where the head is tied, the head's gradient of those
    rows waits for it, so that a row is proposed once, with the sum;
 6. commit, or drop the step whole.
 
 The result equals torch.optim.SGD with clip_grad_norm_ on the whole batch up to the order of sums; no
 gradient buffer of the model exists at any time. Cost: 8 FLOPs a parameter and token (forward 2, again
-in the recomputation 2, backward 4); with k > 1 another 2 (k - 1) / k, and of the L + 1 hidden states of
-the whole batch about L / k + k are alive (memory.live_states).
+in the recomputation 2, backward 4), and another 2 (k - j) / k; of the L + 1 hidden states of the whole
+batch about L / k + k / j are alive (memory.live_states), and j layers' gradients. k = j > 1 costs nothing
+but these.
 
 Source: layer-wise updates as in LOMO (arXiv 2306.09782). Differs: LOMO updates while it goes back and
 needs a second backward pass for the global norm; here nothing is written before the norm is known.
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +61,8 @@ class Learner:
     """SGD on `decoder`'s weights.
 
     `micro_tokens` bounds the padded tokens in a layer at a time. `boundary_every`: of the hidden states at
-    layer boundaries, those of every so many layers are kept; the results have the same bits.
+    layer boundaries, those of every so many layers are kept; `layers_together` go backward in one graph, of
+    layers whose weights are not streamed. The results have the same bits.
     `boundary_on_host` keeps hidden states of the whole batch in host memory (page-locked if the device is a
     GPU): the device sees a micro-batch of them at a time. `reference`: another model that scores the
     rollouts where the loss wants one; None: this one with its patch off.
@@ -73,6 +76,11 @@ class Learner:
     boundary_every: int = 1
     boundary_on_host: bool = False
     reference: Learner | None = None
+    layers_together: int = 1
+
+    def __post_init__(self) -> None:
+        if self.layers_together > 1 and self.decoder.weights.streams:
+            raise ValueError("streamed layers go backward one at a time")
 
     def reference_log_probs(self, rollouts: Sequence[Rollout]) -> Tensor:
         """As `log_probs`, of the reference policy."""
@@ -166,9 +174,10 @@ class Learner:
         del slope_ND
         for first in reversed(range(0, layers, every)):
             group = range(first, min(first + every, layers))
-            inputs = self._inputs_of(group, batch, boundary.pop())
-            for index in reversed(group):
-                self._layer_backward(index, batch, inputs.pop(), states, transaction)
+            runs = [group[i : i + self.layers_together] for i in range(0, len(group), self.layers_together)]
+            inputs = self._inputs_of(runs, batch, boundary.pop())
+            for run in reversed(runs):
+                self._backward(run, batch, inputs.pop(), states, transaction)
         with torch.no_grad():
             row_R, gradient_RD = batch.embedding_gradient(map(self._here, states))
             if waiting is not None:
@@ -202,36 +211,47 @@ class Learner:
             (weight,) = norm.parameters()
             transaction.propose(self.decoder.norm_name, _gradient_of(weight).float())
 
-    def _inputs_of(self, group: range, batch: _Batch, states: list[Tensor]) -> list[list[Tensor]]:
-        """x_l of every layer l of a group from that of its first; `states` is used up."""
+    def _inputs_of(self, runs: list[range], batch: _Batch, states: list[Tensor]) -> list[list[Tensor]]:
+        """x_l at the start of each run of a group from that of its first; `states` is used up."""
         inputs = [list(states)]
         with torch.no_grad():
-            for index in group[:-1]:
-                self._through(index, batch, states)
+            for run in runs[:-1]:
+                for index in run:
+                    self._through(index, batch, states)
                 inputs.append(list(states))
         return inputs
 
-    def _layer_backward(
+    def _backward(
         self,
-        index: int,
+        run: range,
         batch: _Batch,
         inputs: list[Tensor],
         slopes: list[Tensor],
         transaction: Transaction,
     ) -> None:
-        """Turn `slopes` from dL/dx_{l+1} into dL/dx_l, in place; propose the layer's gradients."""
-        with self.decoder.layer(index, learn=True) as layer:
-            gradients = _accumulate_in_float32(layer)
+        """Turn `slopes` from dL/dx_{l+1} of a run's last layer into dL/dx_l of its first, in place.
+
+        Proposes the layers' gradients, the last one's first.
+        """
+        with ExitStack() as stack:
+            layers = [
+                stack.enter_context(self.decoder.layer(index, learn=True, place=place))
+                for place, index in enumerate(run)
+            ]
+            gradients = _accumulate_in_float32(layers)
             for m, arguments in enumerate(batch.arguments):
-                hidden = self._here(inputs[m]).detach().requires_grad_()
-                torch.autograd.backward(layer(hidden, **arguments[index]), self._here(slopes[m]))
+                first = hidden = self._here(inputs[m]).detach().requires_grad_()
+                for index, layer in zip(run, layers, strict=True):
+                    hidden = layer(hidden, **arguments[index])
+                torch.autograd.backward(hidden, self._here(slopes[m]))
                 # the state is not needed any more
-                slopes[m] = inputs[m] = self._away(_gradient_of(hidden))
-            for target in self.decoder.targets[index]:
-                transaction.propose(target.name, gradients.pop(target.parameter))
+                slopes[m] = inputs[m] = self._away(_gradient_of(first))
+            for index in reversed(run):
+                for target in self.decoder.targets[index]:
+                    transaction.propose(target.name, gradients.pop(target.parameter))
 
 
-def _accumulate_in_float32(layer: torch.nn.Module) -> dict[Tensor, Tensor]:
+def _accumulate_in_float32(layers: Sequence[torch.nn.Module]) -> dict[Tensor, Tensor]:
     """Gradients by parameter, summed over micro-batches in float32 as soon as each is computed."""
     total: dict[Tensor, Tensor] = {}
 
@@ -243,8 +263,9 @@ def _accumulate_in_float32(layer: torch.nn.Module) -> dict[Tensor, Tensor]:
             total[parameter] = gradient.float()
         parameter.grad = None
 
-    for parameter in layer.parameters():
-        parameter.register_post_accumulate_grad_hook(add)
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.register_post_accumulate_grad_hook(add)
     return total
 
 

@@ -18,7 +18,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -141,7 +141,8 @@ class Work:
 class Plan:
     """How the budget is divided. `boundary_on_host`: whether states at layer boundaries leave the device.
 
-    `boundary_every`: they are kept for every so many layers, and computed anew for those between.
+    `boundary_every`: they are kept for every so many layers. `layers_together`: so many go backward in one
+    graph; states at the boundaries between are computed anew.
     `generating`, `learning`: bytes on the device by part; `host`: bytes in the memory of its host.
     `least_bytes`: the smallest budget that this work fits in.
     """
@@ -150,6 +151,7 @@ class Plan:
     micro_tokens: int
     boundary_on_host: bool
     boundary_every: int
+    layers_together: int
     budget_bytes: int
     least_bytes: int
     generating: Mapping[str, int]
@@ -197,7 +199,17 @@ def plan(shape: Shape, work: Work, budget_bytes: int) -> Plan:
 
 def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
     """The plan, whether it fits or not: then with one slot and one sequence a micro-batch."""
-    form, compute = FORMS[work.form], work.compute_bytes
+    ways = _ways(shape, work)
+    needs = [_divide(shape, work, 0, way).peak_bytes for way in ways]
+    least_bytes = min(needs)
+    fitting = (way for way, need in zip(ways, needs, strict=True) if need <= budget_bytes)
+    way = next(fitting, ways[needs.index(least_bytes)])
+    return replace(_divide(shape, work, budget_bytes, way), least_bytes=least_bytes)
+
+
+def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
+    """The plan that goes one way; with a budget of 0 the smallest there is. `least_bytes` is left 0."""
+    form, compute, together = FORMS[work.form], work.compute_bytes, way.together
     entry = work.storage_bytes if form.entry_bytes is None else form.entry_bytes
     weights = shape.parameters * entry + shape.rows * form.row_bytes
     layer = shape.layer_parameters * compute
@@ -213,14 +225,16 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
     slot = entries + remembered + logits
     generating = {
         "weights": weights,
-        "layer copies": (whole if whole <= RESIDENT_BYTES else layer) if copied else 0,
+        "layer copies": max(whole if whole <= RESIDENT_BYTES else 0, layer * together) if copied else 0,
         "patch": changed * form.patch_bytes,
         "prefill": work.longest * token,  # one prompt at a time at least
         **({"eviction": EVICTION_BYTES} if work.eviction else {}),
     }
     learning = {
         "weights": weights,
-        "layer copies": _streamed_bytes(shape, work.storage_bytes, compute) if form.host else layer * copied,
+        "layer copies": _streamed_bytes(shape, work.storage_bytes, compute)
+        if form.host
+        else layer * together * copied,
         "patch": changed * form.patch_bytes,
         "step's changes": changed * WAITING_BYTES,
         # the head's gradient of the rows that occur, which waits for the embedding's
@@ -228,52 +242,45 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
         if shape.tied
         else 0,
     }
-    # in turns: the head, and one layer after the other
+    # in turns: the head, and a run of layers after the other
     # the states that predict a response token, normed, and their gradient
     # a block of rows, their gradient, and what of it is proposed
     block = HEAD_BLOCK_BYTES + 2 * FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + PROPOSAL_BYTES
     head = responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + block
-    # the sums of a layer, and the one matrix that is being added
-    gradients = (shape.layer_parameters + shape.hidden * shape.intermediate) * FLOAT32_BYTES
+    # the sums of a run's layers, and the one matrix that is being added
+    gradients = (shape.layer_parameters * together + shape.hidden * shape.intermediate) * FLOAT32_BYTES
     if work.reference is not None:
         # it scores before the step begins: what its layers need beyond what the step has for its own
         theirs = _streamed_bytes(work.reference, work.storage_bytes, compute)
         own = learning["layer copies"] + learning["step's changes"] + gradients
         learning["reference's layers"] = max(0, theirs - own)
     fixed = sum(learning.values())
-    smallest = fixed + max(head, gradients + work.longest * token)
-    weights_on_host = shape.parameters * work.storage_bytes if form.host else 0
-    reference_on_host = work.reference.parameters * work.storage_bytes if work.reference is not None else 0
-    ways = _boundary_states(shape, work, weights_on_host + reference_on_host)
-    least_way = min(ways, key=lambda way: way.device_bytes)
-    kept = next((way for way in ways if smallest + way.device_bytes <= budget_bytes), least_way)
-    least_bytes = max(sum(generating.values()) + slot, smallest + least_way.device_bytes)
     room = budget_bytes - sum(generating.values())
     slots = max(1, min(work.sequences, room // slot))
     most = MOST_MICRO_TOKENS["device" if work.has_host else "host"]
-    fitting = (budget_bytes - fixed - gradients - kept.device_bytes) // token
+    fitting = (budget_bytes - fixed - gradients - way.device_bytes) // (token * together)
     micro = max(work.longest, min(fitting, most, work.sequences * work.longest))
     if work.eviction:
         generating["eviction"] += slots * remembered
     return Plan(
         slots=slots,
         micro_tokens=micro,
-        boundary_on_host=kept.on_host,
-        boundary_every=kept.every,
+        boundary_on_host=way.on_host,
+        boundary_every=way.every,
+        layers_together=together,
         budget_bytes=budget_bytes,
-        least_bytes=least_bytes,
+        least_bytes=0,
         generating={**generating, "KV pool": slots * entries, "logits": slots * logits},
         learning={
             **learning,
-            "boundary states": kept.device_bytes,
+            "boundary states": way.device_bytes,
             "gradient scratch": gradients,
-            "micro-batch": micro * token,
-            "head, beyond these two": max(0, head - gradients - micro * token),
+            "micro-batch": micro * token * together,
+            "head, beyond these two": max(0, head - gradients - micro * token * together),
         },
         host={
-            "boundary states": kept.host_bytes,
-            "weights": weights_on_host,
-            "reference": reference_on_host,
+            "boundary states": way.host_bytes,
+            **_streamed_from(shape, work),
         },
     )
 
@@ -284,45 +291,64 @@ def _streamed_bytes(shape: Shape, storage_bytes: int, compute_bytes: int) -> int
     return shape.layer_parameters * (2 * storage_bytes + compute_bytes * copied)
 
 
-def live_states(layers: int, every: int) -> int:
+def _streamed_from(shape: Shape, work: Work) -> dict[str, int]:
+    """Checkpoints that stay in the memory of the host."""
+    return {
+        "weights": shape.parameters * work.storage_bytes if FORMS[work.form].host else 0,
+        "reference": work.reference.parameters * work.storage_bytes if work.reference is not None else 0,
+    }
+
+
+def live_states(layers: int, every: int, together: int = 1) -> int:
     """The most hidden states of the whole batch that are alive in a step (learn.py), the gradient included.
 
-    When the backward pass begins a group of layers: the kept ones of the groups below and its own, those
-    between its layers, and the gradient that travels down. The last group may have fewer layers.
+    When the backward pass begins a group of layers: the kept ones of the groups below and its own, those at
+    the starts of its other runs, and the gradient that travels down. The last group may have fewer layers.
     """
     every = min(every, layers)
     groups = -(-layers // every)
     last = layers - (groups - 1) * every
-    return max(groups + last, groups - 1 + every)
+    return max(groups + -(-last // together), groups - 1 + -(-every // together))
 
 
 @dataclass(frozen=True)
-class _States:
-    """A way to keep boundary states, and the bytes it takes."""
+class _Way:
+    """How boundary states are kept and layers go backward, and the bytes that the states take."""
 
     on_host: bool
     every: int
+    together: int
     device_bytes: int
     host_bytes: int
 
 
-def _boundary_states(shape: Shape, work: Work, taken_bytes: int) -> list[_States]:
-    """The ways there are, in the order in which they are wanted; `taken_bytes` of the host are in use.
+def _ways(shape: Shape, work: Work) -> list[_Way]:
+    """The ways there are, in the order in which they are wanted.
 
-    All on the device; all on its host; every k-th there; every k-th on the device. A larger k computes more
-    states anew, and none above the best needs fewer.
+    All states: on the device, on its host (copies cost less time than the small micro-batches of a full
+    device). Every k-th, k layers going backward together: there, on the device. Every k-th, the others
+    computed anew: there, on the device; none with a larger k than the best of these needs fewer states.
+    Streamed layers go backward one at a time.
     """
     state = work.sequences * work.longest * shape.hidden * work.compute_bytes
-    best = min(range(1, shape.layers + 1), key=lambda every: live_states(shape.layers, every))
-    device, host = [], []
-    for every in range(1, best + 1):
-        states = live_states(shape.layers, every) * state
-        device.append(_States(False, every, states, 0))
+    room = work.host_room_bytes
+    if room is not None:
+        room -= sum(_streamed_from(shape, work).values())
+
+    def ways(on_host: bool, every: int, together: int) -> Iterator[_Way]:
+        states = live_states(shape.layers, every, together) * state
         locked = states * PAGE_LOCKED_FACTOR
-        room = work.host_room_bytes
-        if work.has_host and (room is None or taken_bytes + locked <= room):
-            host.append(_States(True, every, 0, locked))
-    return [device[0], *host, *device[1:]]
+        if not on_host:
+            yield _Way(False, every, together, states, 0)
+        elif work.has_host and (room is None or locked <= room):
+            yield _Way(True, every, together, 0, locked)
+
+    best = min(range(1, shape.layers + 1), key=lambda every: live_states(shape.layers, every))
+    several = range(2, best + 1)
+    joint = [(every, every) for every in several if not FORMS[work.form].host]
+    anew = [(every, 1) for every in several]
+    wanted = [(False, [(1, 1)]), (True, [(1, 1), *joint]), (False, joint), (True, anew), (False, anew)]
+    return [way for on_host, pairs in wanted for pair in pairs for way in ways(on_host, *pair)]
 
 
 def what_would(shape: Shape, work: Work, budget_bytes: int) -> str:
@@ -383,6 +409,7 @@ def table(plans: Mapping[str, Plan]) -> str:
     lines.append(["slots", *(f"{p.slots:,}" for p in plans.values())])
     lines.append(["micro-batch tokens", *(f"{p.micro_tokens:,}" for p in plans.values())])
     lines.append(["boundary every", *(f"{p.boundary_every} layers" for p in plans.values())])
+    lines.append(["backward together", *(f"{p.layers_together} layers" for p in plans.values())])
     lines.append(["", *("fits" if p.fits else "does not fit" for p in plans.values())])
     lines.append(["least budget", *(f"{gib_up(p.least_bytes):.1f} GiB" for p in plans.values())])
     return "\n".join("".join([f"{row[0]:<20}", *(f"{x:>17}" for x in row[1:])]).rstrip() for row in lines)

@@ -115,6 +115,7 @@ def open_session(
                 micro_tokens=divided.micro_tokens,
                 boundary_every=divided.boundary_every,
                 boundary_on_host=divided.boundary_on_host,
+                layers_together=divided.layers_together,
                 reference=_reference(reference, recipe, policy, divided) if reference else None,
             ),
             verifier=verifier,

@@ -195,6 +195,11 @@ class Weights:
             sources = [{name: held.source for name, held in group.items()} for group in streamed]
             self._stream = LayerStream(sources, self.device)
 
+    @property
+    def streams(self) -> bool:
+        """Whether layers have to be brought, one at a time."""
+        return self._stream is not None
+
     def bring(self, index: int) -> None:
         """Have group `index` on the device, until another is brought. No effect where nothing is streamed."""
         if self._stream is None or self._sampling or (self._present and self._present[0] == index):

@@ -175,13 +175,17 @@ def test_keeping_states_on_the_host_of_a_gpu_changes_nothing(every: int) -> None
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 
 
-@pytest.mark.parametrize("every", [2, 3, 5, 7, 9])
+@pytest.mark.parametrize("every,together", [(2, 1), (3, 1), (5, 1), (9, 1), (2, 2), (3, 3), (5, 2), (9, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keeping_every_kth_boundary_changes_no_bit(every: int, dtype: torch.dtype) -> None:
+def test_keeping_every_kth_boundary_and_going_backward_together_change_no_bit(
+    every: int, together: int, dtype: torch.dtype
+) -> None:
     norms, results = [], []
-    for k in (1, every):
+    for k, j in ((1, 1), (every, together)):
         _, decoder = make_decoder("qwen2", dtype=dtype, layers=7)
-        learner = Learner(decoder, 0.1, 1.0, 1.0, 60, boundary_every=k, boundary_on_host=k == 3)
+        learner = Learner(
+            decoder, 0.1, 1.0, 1.0, 60, boundary_every=k, boundary_on_host=k == 3, layers_together=j
+        )
         step = learner.step(make_rollouts(9), policy_gradient(torch.linspace(-1, 1, 9)))
         assert step.commit.entries > 1000
         norms.append(step.commit.norm)
@@ -190,9 +194,11 @@ def test_keeping_every_kth_boundary_changes_no_bit(every: int, dtype: torch.dtyp
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 4, 7, 9])
+@pytest.mark.parametrize(
+    "every,together", [(1, 1), (2, 1), (3, 1), (4, 1), (7, 1), (9, 1), (2, 2), (3, 3), (5, 2), (4, 3), (7, 7)]
+)
 def test_the_hidden_states_alive_are_those_that_the_plan_counts(
-    every: int, monkeypatch: pytest.MonkeyPatch
+    every: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[weakref.ref[Tensor]] = []
     counts = []
@@ -213,13 +219,13 @@ def test_the_hidden_states_alive_are_those_that_the_plan_counts(
         monkeypatch.setattr(Learner, name, count)
 
     monkeypatch.setattr(Learner, "_away", note)
-    for name in ("_through", "_norm_backward", "_layer_backward"):
+    for name in ("_through", "_norm_backward", "_backward"):
         counted(name)
     _, decoder = make_decoder("llama", layers=7)
     # one micro-batch: a hidden state of the whole batch is one tensor
-    learner = Learner(decoder, 0.1, 1.0, 1.0, 10_000, boundary_every=every)
+    learner = Learner(decoder, 0.1, 1.0, 1.0, 10_000, boundary_every=every, layers_together=together)
     learner.step(make_rollouts(4), policy_gradient(torch.ones(4)))
-    assert max(counts) == live_states(7, every)
+    assert max(counts) == live_states(7, every, together)
 
 
 def test_two_runs_of_a_step_give_the_same_bits() -> None:

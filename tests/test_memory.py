@@ -119,9 +119,9 @@ def on_cpu(budget_mib: float) -> Plan:
     return plan(Shape.from_config(QWEN_05B), work, int(budget_mib * 2**20))
 
 
-def test_a_cpu_keeps_every_boundary_when_that_fits_else_every_kth_with_the_least_k_that_fits() -> None:
+def test_a_cpu_keeps_every_boundary_then_goes_backward_together_then_computes_the_fewest_anew() -> None:
     state = 16 * 512 * 896 * 4
-    assert on_cpu(8192).boundary_every == 1
+    assert on_cpu(8192).boundary_every == on_cpu(8192).layers_together == 1
     assert on_cpu(8192).learning["boundary states"] == 25 * state
     seen = {}
     for budget_mib in range(2400, 1400, -4):
@@ -130,15 +130,27 @@ def test_a_cpu_keeps_every_boundary_when_that_fits_else_every_kth_with_the_least
         except InputError:
             break
         assert found.peak_bytes <= budget_mib * 2**20
-        assert found.learning["boundary states"] == live_states(24, found.boundary_every) * state
-        seen[found.boundary_every] = budget_mib
-    assert list(seen) == [1, 2, 3, 4, 5]
-    # the next smaller k did not fit any more
+        way = found.boundary_every, found.layers_together
+        assert found.learning["boundary states"] == live_states(24, *way) * state
+        seen[way] = budget_mib
+    assert list(seen) == [(1, 1), (2, 2), (2, 1), (3, 1), (4, 1), (5, 1)]
+    # with less the next way is taken, and not before
     fixed = on_cpu(8192).least_bytes - 9 * state
-    for every, budget_mib in seen.items():
-        if every < 5:
+    for (every, together), budget_mib in seen.items():
+        if together == 1 and every < 5:
             assert fixed + live_states(24, every) * state <= budget_mib * 2**20
             assert fixed + live_states(24, every) * state > (budget_mib - 4) * 2**20
+
+
+def test_layers_that_go_backward_together_are_counted_each() -> None:
+    two, one = on_cpu(1900), on_cpu(1700)
+    assert (two.layers_together, one.layers_together) == (2, 1)
+    layer = Shape.from_config(QWEN_05B).layer_parameters * 4
+    assert two.learning["layer copies"] - one.learning["layer copies"] == layer
+    assert two.learning["gradient scratch"] - one.learning["gradient scratch"] == layer
+    per_token = [p.learning["micro-batch"] / p.micro_tokens for p in (two, one)]
+    assert per_token[0] == 2 * per_token[1]
+    assert two.generating["layer copies"] == two.learning["layer copies"]  # they share their scratch
 
 
 def test_a_host_without_room_keeps_every_kth_or_none() -> None:
@@ -147,7 +159,7 @@ def test_a_host_without_room_keeps_every_kth_or_none() -> None:
     whole = make_plan(host_room_bytes=2 * states)
     assert (whole.boundary_on_host, whole.boundary_every) == (True, 1)
     less = make_plan(host_room_bytes=2 * states - 1)
-    assert (less.boundary_on_host, less.boundary_every) == (True, 2)
+    assert (less.boundary_on_host, less.boundary_every, less.layers_together) == (True, 2, 2)
     assert less.host["boundary states"] < 2 * states
     none = make_plan(28, host_room_bytes=GIB)
     assert (none.boundary_on_host, none.host["boundary states"]) == (False, 0)

@@ -108,6 +108,7 @@ def step(options: argparse.Namespace, name: str, form: str) -> dict[str, Any]:
         temperature=1.0,
         micro_tokens=planned.micro_tokens,
         boundary_every=planned.boundary_every,
+        layers_together=planned.layers_together,
         boundary_on_host=planned.boundary_on_host,
     )
     rng = np.random.default_rng(0)

@@ -91,6 +91,7 @@ class Options:
     tokens: int
     budget: str
     boundary_every: int | None
+    layers_together: int | None
     lr: float
     folder: str
 
@@ -164,18 +165,29 @@ def learner_step(options: Options) -> dict[str, Any]:
     advantage_B = torch.linspace(-1, 1, sequences)
     planned = make_plan(form, sequences, tokens, parse_bytes(options.budget))
     every = options.boundary_every or planned.boundary_every
+    together = options.layers_together or planned.layers_together
     decoder = Decoder(config, weights)
-    learner = Learner(decoder, options.lr, CLIP, 1.0, planned.micro_tokens, boundary_every=every)
-    began = time.perf_counter()
+    learner = Learner(
+        decoder,
+        options.lr,
+        CLIP,
+        1.0,
+        planned.micro_tokens,
+        boundary_every=every,
+        layers_together=together,
+    )
+    began, cpu = time.perf_counter(), time.process_time()
     step = learner.step(rollouts, lambda logprob_BT: (-SCALE * (logprob_BT.mean(1) * advantage_B).mean(), {}))
     return {
         "baseline_bytes": baseline,
         "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
         "loaded_bytes": loaded - baseline,
         "weights_bytes": weights.nbytes,
         "planned_bytes": planned.learning_bytes,
         "micro_tokens": planned.micro_tokens,
         "boundary_every": every,
+        "layers_together": together,
         "norm": step.commit.norm,
         "changed": step.commit.entries / weights.parameters,
     }
@@ -201,7 +213,7 @@ def plain_step(options: Options) -> dict[str, Any]:
         if options.arm == "adamw"
         else torch.optim.SGD(model.parameters(), lr=options.lr)
     )
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     keep = options.tokens - first + 1
     logit_BTV = model(token_BT, use_cache=False, logits_to_keep=keep).logits[:, :-1]
     loss_BT = torch.nn.functional.cross_entropy(
@@ -210,7 +222,11 @@ def plain_step(options: Options) -> dict[str, Any]:
     (SCALE * (loss_BT.mean(1) * advantage_B).mean()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimiser.step()
-    return {"baseline_bytes": baseline, "seconds": time.perf_counter() - began}
+    return {
+        "baseline_bytes": baseline,
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+    }
 
 
 def trl_step(options: Options) -> dict[str, Any]:
@@ -301,10 +317,13 @@ def report(row: dict[str, Any]) -> None:
         f"{row['arm']:<9}{row['sequences']:>3} x {row['tokens']} tokens: {size(row['over_bytes'])} over "
         f"{size(row['baseline_bytes'])}, {row['seconds']:.0f} s"
     )
+    if "cpu_seconds" in row:
+        line += f" ({row['cpu_seconds']:.0f} s of CPU time)"
     if row["arm"] in FORMS:
         line += (
             f"; planned {size(row['planned_bytes'])} (ratio {row['over_bytes'] / row['planned_bytes']:.2f}), "
             f"micro-batches of {row['micro_tokens']} tokens, every {row['boundary_every']} boundaries, "
+            f"{row['layers_together']} layers together, "
             f"{row['changed']:.2%} of the entries changed; loading took {size(row['loaded_bytes'])}, "
             f"the weights are {size(row['weights_bytes'])}"
         )
@@ -319,6 +338,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of a sequence, prompt included")
     parser.add_argument("--budget", default="64GiB", help="of memory, that the plan divides [64GiB]")
     parser.add_argument("--boundary-every", type=int, help="layers [as planned]")
+    parser.add_argument("--layers-together", type=int, help="that go backward in one graph [as planned]")
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--json", type=Path, help="append a line an arm to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -326,6 +346,7 @@ def main() -> None:
     if given.one:
         run_arm(Options(**json.loads(given.one)))
         return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `train` does, for every arm
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write = f"import bench_memory as b, pathlib; b.write_checkpoint(pathlib.Path({folder!r}))"
@@ -335,7 +356,14 @@ def main() -> None:
             fewer = arm in ("sgd", "adamw", "trl") and given.plain_sequences
             sequences = given.plain_sequences if fewer else given.sequences
             options = Options(
-                arm, sequences, given.tokens, given.budget, given.boundary_every, given.lr, folder
+                arm,
+                sequences,
+                given.tokens,
+                given.budget,
+                given.boundary_every,
+                given.layers_together,
+                given.lr,
+                folder,
             )
             words = [sys.executable, __file__, "--one", json.dumps(asdict(options))]
             done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
