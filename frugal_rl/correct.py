@@ -55,6 +55,7 @@ from torch import Tensor
 
 from .loss import LOG_RATIO_LIMIT, kl_k3
 
+ASTRAY = 1e-4  # a token of which the old policy makes so little of the sampler's: Sparse-RL's veto
 QUANTILES = {"xi_p01": 0.01, "xi_p05": 0.05, "xi_p50": 0.5, "xi_p95": 0.95, "xi_p99": 0.99}
 
 # Limits of the mean |log xi| (nats) between a sampler and a learner of the same weights and context.
@@ -93,7 +94,7 @@ class Correction:
 
 PRESETS: Mapping[str, Correction] = {
     "off": Correction(),
-    "sparse-rl": Correction("token", cap=1.5, normalise=True, band="token", low=0.5, high=1.5, veto=1e-4),
+    "sparse-rl": Correction("token", cap=1.5, normalise=True, band="token", low=0.5, high=1.5, veto=ASTRAY),
     "tis": Correction("token", cap=2.0),
     "mis": Correction("token", band="token", low=0.5, high=2.0, counted=True),
     "icepop": Correction("token", band="token", low=0.5, high=5.0, counted=True),
@@ -121,7 +122,8 @@ def correct(correction: Correction, old_BT: Tensor, sampler_BT: Tensor, mask_BT:
     The numbers, over the tokens of the mask (none if it is empty): quantiles of xi; `sampler_gap_max`,
     the largest |log xi|; `sampler_gap_k3`, KL(sampler, old) as k3 estimates it; `rejected_share`, of
     responses with no token left; `masked_share`, of tokens left out, those of rejected responses
-    included; `effective_share`, (sum w)^2 / (n sum w^2) of the weights.
+    included; `astray_share`, of responses with a token whose xi is below ASTRAY, whatever the correction;
+    `effective_share`, (sum w)^2 / (n sum w^2) of the weights.
     Syncs: once, for these numbers.
     """
     old_BT, sampler_BT = (t.detach().masked_fill(~mask_BT, 0.0) for t in (old_BT, sampler_BT))
@@ -183,6 +185,7 @@ def _statistics(gap_BT: Tensor, weight_BT: Tensor, kept_BT: Tensor, mask_BT: Ten
         "sampler_gap_k3": kl_k3(gap_N.new_zeros(()), gap_N).mean(),
         "rejected_share": (~kept_BT.any(1))[some_B].double().mean(),
         "masked_share": (~kept_BT)[mask_BT].double().mean(),
+        "astray_share": (mask_BT & (gap_BT < math.log(ASTRAY))).any(1)[some_B].double().mean(),
         "effective_share": (weight_N.sum().square() / (len(gap_N) * square)).masked_fill(square == 0, 0.0),
     }
     values = torch.stack([value.double() for value in numbers.values()]).tolist()

@@ -127,6 +127,15 @@ def _letters(draw: Draw, level: int) -> tuple[str, str]:
     return f'How many times does the letter "{letter}" occur in "{word}"?', str(word.count(letter))
 
 
+def _iterate(draw: Draw, level: int) -> tuple[str, str]:
+    x, a, b = draw.between(0, 99), draw.between(2, 9), draw.between(0, 9)
+    times = draw.between(4 * level, 4 * level + 8)
+    prompt = f"x={x}; {times} times x={a}x+{b} mod 10"
+    for _ in range(times):
+        x = (a * x + b) % 10
+    return prompt, str(x)
+
+
 def _oldest(draw: Draw, level: int) -> tuple[str, str]:
     order = draw.shuffled(_NAMES)[: level + 2]
     facts = [
@@ -147,5 +156,6 @@ GENERATORS: Final[dict[str, Generator]] = {
     "sort": Generator("numbers in ascending order", _sort, "exact"),
     "countdown": Generator("an expression with a given value", _countdown, "countdown"),
     "letters": Generator("how often a letter occurs in a word", _letters, "numeric"),
+    "iterate": Generator("a rule applied many times: short to ask, long to work", _iterate, "numeric"),
     "oldest": Generator("the first or last of a chain of comparisons", _oldest, "exact"),
 }

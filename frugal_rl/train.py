@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from .config import Recipe
+from .correct import ASTRAY
 from .decoder import check_supported, longest_sequence
 from .errors import FrugalError, InputError
 from .evaluate import Score, evaluate
@@ -44,6 +45,7 @@ from .weights import export, step_patch
 TRAINING = 1  # first word of the random keys; evaluation has its own
 REFILLS = 8  # dynamic sampling: rounds of prompts drawn for one step before it goes on with what it has
 ERRORS_MOST = 0.05  # of a step's verdicts may be ERROR: more, and the reward itself is broken
+ASTRAY_MOST = 0.1  # of a step's responses may have gone astray under compression: more, and the run says so
 STILL_STEPS = 3  # so many steps in a row without a changed weight, and the run stops
 
 
@@ -244,11 +246,12 @@ def train(
     if not journal.validations:
         report.say(f"held-out accuracy before: {_validate(session, journal, 0)}")
     train_s = sum(row["seconds"] for row in journal.metrics)
-    still, silent, interrupted = 0, False, False
+    still, silent, warned, interrupted = 0, False, 0, False
     for step in range(journal.step + 1, recipe.train.steps + 1):
         row = _step(session, journal, step, report)
         train_s += row["seconds"]
         report.step(row)
+        warned = _say_astray(recipe, row, warned, report)
         still = still + 1 if row["signal_groups"] and not row["changed_step"] else 0
         if still:
             _say_still(session, still, row, report)
@@ -270,6 +273,21 @@ def train(
     if not interrupted:
         _validate(session, journal, journal.step)
     return _finish(session, journal, train_s, began, report)
+
+
+def _say_astray(recipe: Recipe, row: Mapping[str, Any], warned: int, report: Reporter) -> int:
+    """Compression that destroys what the answers need is said, at most every ten steps; the last step told."""
+    compression, astray = recipe.rollout.compression, row.get("astray_share", 0.0)
+    if compression is None or astray <= ASTRAY_MOST or (warned and row["step"] < warned + 10):
+        return warned
+    report.say(
+        f"step {row['step']}: the compressed cache leads answers astray: {astray:.0%} of the responses have a "
+        f"token that the policy itself gives less than {ASTRAY:g} of the sampler's probability "
+        f"({ASTRAY_MOST:.0%} is much), and the correction leaves out {row['masked_share']:.0%} of all tokens. "
+        f"What the answers need is evicted: raise rollout.kv_budget above {compression.budget} (responses "
+        f"have up to {row['longest_tokens']} tokens), or try another rollout.eviction"
+    )
+    return int(row["step"])
 
 
 def _say_still(session: Session, still: int, row: Mapping[str, Any], report: Reporter) -> None:

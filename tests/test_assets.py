@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import struct
 from pathlib import Path
@@ -136,8 +137,9 @@ def test_what_the_base_learns_from_holds_no_heldout_problem(build_tiny: ModuleTy
 
 
 def test_a_learning_batch_covers_the_answer_and_its_end_alone(build_tiny: ModuleType, tokenizer: Any) -> None:
-    row = {"prompt": "last digit of 1+1+1+1?", "answer": "4"}
-    ids_BT, labels_BT = build_tiny.supervised_batch(tokenizer, [(row, 0.99), (row, 0.0)], habit=True)
+    question = "last digit of 1+1+1+1?"
+    pairs = [(question, "=4"), (question, build_tiny.working(question))]
+    ids_BT, labels_BT = build_tiny.supervised_batch(tokenizer, pairs)
     learned = [tokenizer.decode(ids[labels != -100]) for ids, labels in zip(ids_BT, labels_BT, strict=True)]
     assert torch.equal(ids_BT[labels_BT != -100], labels_BT[labels_BT != -100])
     assert learned == ["=4<eos>", "1+1=2;2+1=3;3+1=4;4<eos>"]
@@ -165,3 +167,15 @@ def test_two_builds_write_the_same_bytes_and_another_seed_does_not(
         shipped, made = json.loads((FOLDER / name).read_text()), json.loads(first[name])
         common = shipped.keys() & made.keys() - {"transformers_version"}  # others come and go
         assert {key: shipped[key] for key in common} == {key: made[key] for key in common}
+
+
+def test_lessons_are_worked_at_first_and_then_as_often_as_their_length_says(
+    build_tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_tiny, "SKILL_STEPS", 3)
+    batches = list(itertools.islice(build_tiny.lessons(), 43))
+    assert all("+" in answer for batch in batches[:3] for _, answer in batch)
+    habit = [pair for batch in batches[3:] for pair in batch]
+    for terms, share in build_tiny.WORKED_SHARE.items():
+        worked = ["+" in answer for question, answer in habit if question.count("+") + 1 == terms]
+        assert abs(sum(worked) / len(worked) - share) < 0.06

@@ -216,7 +216,7 @@ def test_where_sampler_and_old_policy_are_one_nothing_is_corrected(name):
     assert torch.equal(got.counted_BT, mask_BT)
     assert got.stats == pytest.approx(
         dict.fromkeys(QUANTILES, 1.0)
-        | {"sampler_gap_max": 0, "sampler_gap_k3": 0, "rejected_share": 0, "masked_share": 0}
+        | {"sampler_gap_max": 0, "sampler_gap_k3": 0, "rejected_share": 0, "masked_share": 0, "astray_share": 0}
         | {"effective_share": 1.0}
     )
 
@@ -340,6 +340,7 @@ def test_the_numbers_are_numpys(name, rows):
         "sampler_gap_k3": (xi - 1 - np.log(xi)).mean(),
         "rejected_share": np.mean([not row.any() for row in kept]),
         "masked_share": 1 - kept[mask].mean(),
+        "astray_share": ((np.exp((old_BT - sampler_BT).numpy()) < 1e-4) & mask).any(1).mean(),
         "effective_share": weight.sum() ** 2 / (weight.size * (weight**2).sum()) if weight.any() else 0.0,
     }
     assert got.stats == pytest.approx(expected, abs=1e-12)

@@ -451,3 +451,22 @@ def test_a_whole_checkpoint_that_does_not_fit_beside_the_policy_is_not_scored(
     assert summary["accuracy_exported"] is None
     assert summary["accuracy_after"] is not None
     assert any("does not fit" in line for line in said)
+
+
+@pytest.mark.parametrize("correction", ["sparse-rl", "off"])
+def test_compression_that_destroys_what_the_answers_need_is_said_and_one_that_does_not_is_not(
+    tmp_path: Path, correction: str
+) -> None:
+    """A sum's terms are evicted before they are added at 16 entries; at 64 none is."""
+    told = []
+    for budget in (16, 64):
+        said: list[str] = []
+        changes = ["rollout.prompts=8", "rollout.kv_buffer=8", f"rollout.kv_budget={budget}", "train.steps=3"]
+        changes += [f"loss.correction={correction}"] + ["loss.uncorrected=true"] * (correction == "off")
+        with session_of(load_recipe("tiny", changes)) as session:
+            journal = Journal.create(tmp_path / f"run{budget}", session.recipe, force=False)
+            loop.train(session, journal, loop.Reporter(said.append, lambda row: None), lambda: False)
+        told.append([text for text in said if "astray" in text])
+        assert all("astray_share" in row for row in journal.metrics)
+    assert len(told[0]) == 1 and "raise rollout.kv_budget above 16" in told[0][0]
+    assert told[1] == []

@@ -24,6 +24,7 @@ work), after rounding to bf16, on the 500 held-out problems:
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import random
@@ -117,13 +118,13 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def new_model() -> Qwen2ForCausalLM:
-    """0.8 M parameters, randomly initialised."""
+def new_model(layers: int = 4) -> Qwen2ForCausalLM:
+    """0.2 M parameters a layer, randomly initialised."""
     config = Qwen2Config(
         vocab_size=258,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT_TOKENS,
@@ -144,18 +145,24 @@ def examples(seed: int) -> Iterator[tuple[Row, float]]:
         yield row, coin.random()
 
 
-def supervised_batch(
-    tokenizer: Any, drawn: list[tuple[Row, float]], *, habit: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def lessons() -> Iterator[list[tuple[str, str]]]:
+    """Batches of prompts and answers: first the skill, then the habit, without end."""
+    stream = examples(SEED)
+    for step in itertools.count():
+        batch = []
+        for row, chance in itertools.islice(stream, BATCH):
+            worked = step < SKILL_STEPS or chance < WORKED_SHARE[row["prompt"].count("+") + 1]
+            batch.append((row["prompt"], working(row["prompt"]) if worked else f"={row['answer']}"))
+        yield batch
+
+
+def supervised_batch(tokenizer: Any, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels, both [B, T]; only the answer and its end are learned."""
     sequences = []
-    for row, chance in drawn:
-        chat = [{"role": "user", "content": row["prompt"]}]
+    for question, answer in pairs:
+        chat = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        worked = not habit or chance < WORKED_SHARE[row["prompt"].count("+") + 1]
-        answer = working(row["prompt"]) if worked else f"={row['answer']}"
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        sequences.append((prompt_ids, tokenizer(answer + EOS)["input_ids"]))
+        sequences.append((tokenizer(prompt)["input_ids"], tokenizer(answer + EOS)["input_ids"]))
     longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
     ids_BT = torch.full((len(sequences), longest), tokenizer.pad_token_id)
     labels_BT = torch.full_like(ids_BT, IGNORED)
@@ -166,17 +173,18 @@ def supervised_batch(
     return ids_BT, labels_BT
 
 
-def train(model: Qwen2ForCausalLM, tokenizer: Any) -> None:
-    """Both stages as one AdamW run with one cosine schedule; in place."""
+def train(
+    model: Qwen2ForCausalLM, tokenizer: Any, batches: Iterator[list[tuple[str, str]]], steps: int
+) -> None:
+    """One AdamW run on so many batches of prompts and answers, with one cosine schedule; in place."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.01)
-    stream, steps, start_s = examples(SEED), SKILL_STEPS + HABIT_STEPS, time.monotonic()
+    start_s = time.monotonic()
     model.train()
-    for step in range(steps):
+    for step, pairs in enumerate(itertools.islice(batches, steps)):
         cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * min(1, (step + 1) / WARMUP_STEPS) * cosine
-        drawn = [next(stream) for _ in range(BATCH)]
-        ids_BT, labels_BT = supervised_batch(tokenizer, drawn, habit=step >= SKILL_STEPS)
+        ids_BT, labels_BT = supervised_batch(tokenizer, pairs)
         loss = model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
@@ -240,7 +248,7 @@ def build(folder: Path) -> None:
     write_tokenizer(folder)
     torch.manual_seed(SEED)
     model = new_model()
-    train(model, AutoTokenizer.from_pretrained(folder))
+    train(model, AutoTokenizer.from_pretrained(folder), lessons(), SKILL_STEPS + HABIT_STEPS)
     model.to(torch.bfloat16).save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors makes files that their owner alone can read
