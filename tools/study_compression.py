@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import re
 import subprocess
@@ -28,8 +27,14 @@ from typing import Any, Final
 import build_tiny
 import torch
 
+from frugal_rl.config import load_recipe
+from frugal_rl.evaluate import evaluate
+from frugal_rl.generate.engine import Engine
+from frugal_rl.generate.eviction import Eviction
 from frugal_rl.generators import GENERATORS, Draw
+from frugal_rl.rewards.answers import Verdict
 from frugal_rl.tasks import is_heldout
+from frugal_rl.train import Reporter, open_session
 
 TASK: Final = "iterate:8"
 LEVELS: Final = (1, 1, 1, 2, 3, 4, 6, 8, 9)  # of the lessons: most is learned on short answers
@@ -38,6 +43,9 @@ SKILL_STEPS: Final = 500
 HABIT_STEPS: Final = 60
 BATCH: Final = 64
 WORKED_SHARE: Final = 0.35
+WORKED_TOKENS: Final = 20  # an answer that is guessed has two
+BUFFER: Final = 16  # entries besides the budget
+PROBLEMS: Final = 200  # held out
 SEED: Final = 4321
 
 
@@ -77,12 +85,189 @@ def build_base(folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
+# --- what compression alone costs
+
+
+def cost_of_compression(folder: Path, budgets: list[int], samples: int, problems: int) -> None:
+    """Of the base's sampled answers that are worked out: how many are right, by method and budget."""
+    recipe = load_recipe("tiny", settings(folder))
+    quiet = Reporter(lambda text: None, lambda row: None)
+    with open_session(recipe, quiet, training=False) as session:
+        rows = session.problems.heldout[:problems]
+
+        def share(eviction: Eviction | None) -> str:
+            policy = session.policy
+            engine = Engine(policy.decoder, 64, policy.stop_ids, 1024, eviction=eviction)
+            done = evaluate(
+                policy,
+                engine,
+                session.verifier,
+                rows,
+                max_tokens=recipe.rollout.max_tokens,
+                samples=samples,
+                temperature=1.0,
+            )
+            worked = [a for a in done.answers if len(a.rollout.response_ids) > WORKED_TOKENS]
+            right = sum(a.judgement.verdict is Verdict.CORRECT for a in worked)
+            length = sum(len(a.rollout.response_ids) for a in worked) / max(1, len(worked))
+            return (
+                f"{right} of {len(worked)} worked answers right ({right / max(1, len(worked)):.1%}), "
+                f"{length:.0f} tokens long; all answers {done.score.value:.1%}"
+            )
+
+        print(f"dense             {share(None)}", flush=True)
+        for method in ("snapkv", "rkv", "h2o", "streaming"):
+            for budget in budgets:
+                line = share(Eviction(method, budget, BUFFER))
+                print(f"{method:<10}{budget:>4} + {BUFFER}  {line}", flush=True)
+
+
+# --- runs
+
+
+def settings(folder: Path) -> list[str]:
+    """What differs from the recipe `tiny`."""
+    return [
+        f"model.name={folder}",
+        f"data.source={TASK}",
+        f"data.heldout={PROBLEMS}",
+        "reward.kind=numeric",
+        "rollout.max_tokens=208",
+        "rollout.prompts=16",
+    ]
+
+
+def arm_settings(arm: str, method: str, budget: int) -> list[str]:
+    if arm == "dense":
+        return []
+    changes = [f"rollout.kv_budget={budget}", f"rollout.kv_buffer={BUFFER}", f"rollout.eviction={method}"]
+    if arm == "naive":
+        return [*changes, "loss.correction=off", "loss.uncorrected=true"]
+    return [*changes, f"loss.correction={arm}"]
+
+
+def run_arm(folder: Path, out: Path, arm: str, seed: int, given: argparse.Namespace) -> None:
+    """One run and its scores, dense and compressed; what is done already is kept."""
+    run, done = out / f"{arm}-{seed}", out / f"{arm}-{seed}.json"
+    if done.exists():
+        return
+    command = [sys.executable, "-m", "frugal_rl"]
+    cache = [f"--kv-budget={given.budget}", f"--kv-buffer={BUFFER}", f"--eviction={given.method}"]
+    if run.exists():
+        subprocess.run([*command, "train", "--resume", str(run)], check=True, stdout=subprocess.DEVNULL)
+    else:
+        words = [*settings(folder), *arm_settings(arm, given.method, given.budget)]
+        words += [f"train.steps={given.steps}", f"train.seed={seed}", *given.set]
+        changes = [part for word in words for part in ("--set", word)]
+        subprocess.run([*command, "train", *changes, "-o", str(run)], check=True, stdout=subprocess.DEVNULL)
+    scores = []
+    for step in sorted({given.steps // 2, given.steps}):
+        patch = out / f"{arm}-{seed}-{step}.safetensors"
+        at = ["patch", "at", str(run), "--step", str(step), "-o", str(patch), "--force"]
+        subprocess.run([*command, *at], check=True, stdout=subprocess.DEVNULL)
+        row: dict[str, Any] = {"step": step}
+        for name, words in (("dense", ["--eviction=none"]), ("compressed", cache)):
+            eval_words = ["eval", "--patch", str(patch), "--json", *words]
+            output = subprocess.run([*command, *eval_words], check=True, stdout=subprocess.PIPE).stdout
+            score = json.loads(output)
+            row[name] = score["accuracy"]
+            row[f"{name}_tokens"] = score["response_tokens"]
+        scores.append(row)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    about = {"method": given.method, "budget": given.budget, "buffer": BUFFER, "steps": given.steps}
+    done.write_text(json.dumps({"arm": arm, "seed": seed, **about, "scores": scores, "metrics": rows}))
+    last = scores[-1]
+    print(
+        f"{arm:<10} seed {seed}: dense {last['dense']['value']:.1%} ({last['dense_tokens']:.0f} tokens), "
+        f"compressed {last['compressed']['value']:.1%} ({last['compressed_tokens']:.0f} tokens)",
+        flush=True,
+    )
+
+
+# --- the table and the plot
+
+
+def report(out: Path) -> None:
+    runs = [json.loads(path.read_text()) for path in sorted(out.glob("*-*.json"))]
+    arms = sorted({run["arm"] for run in runs}, key=lambda arm: (arm != "dense", arm != "naive", arm))
+    print("arm         seeds  dense accuracy        compressed accuracy   tokens   astray   left out")
+    for arm in arms:
+        mine = [run for run in runs if run["arm"] == arm]
+
+        def spread(name: str, mine: list[dict[str, Any]] = mine) -> str:
+            values = [run["scores"][-1][name]["value"] for run in mine]
+            return f"{sum(values) / len(values):6.1%} ({', '.join(f'{v:.1%}' for v in values)})"
+
+        def late(name: str, mine: list[dict[str, Any]] = mine) -> float:
+            values = [row.get(name, 0.0) for run in mine for row in run["metrics"][-10:]]
+            return sum(values) / len(values)
+
+        tokens = sum(run["scores"][-1]["dense_tokens"] for run in mine) / len(mine)
+        print(
+            f"{arm:<12}{len(mine):>5}  {spread('dense')}  {spread('compressed')}  {tokens:6.0f}  "
+            f"{late('astray_share'):6.1%}  {late('masked_share'):6.1%}"
+        )
+    plot(runs, arms, out / "compression.svg")
+
+
+def plot(runs: list[dict[str, Any]], arms: list[str], path: Path) -> None:
+    """Mean over seeds and the range, step by step."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "correct": "correct, share of rollouts",
+        "response_tokens": "length of a rollout, tokens",
+        "astray_share": "rollouts gone astray, share",
+        "masked_share": "tokens left out, share",
+    }
+    plt.rcParams |= {"svg.hashsalt": "frugal_rl", "font.size": 9}
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    for (name, title), axis in zip(panels.items(), axes.flat, strict=True):
+        for arm in arms:
+            curves = [[row.get(name, 0.0) for row in run["metrics"]] for run in runs if run["arm"] == arm]
+            steps = range(1, 1 + min(map(len, curves)))
+            columns = [[curve[i - 1] for curve in curves] for i in steps]
+            (line,) = axis.plot(steps, [sum(c) / len(c) for c in columns], label=arm)
+            low, high = [min(c) for c in columns], [max(c) for c in columns]
+            axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["base"])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("what", choices=["base", "budgets", "runs", "report"])
+    parser.add_argument("folder", type=Path, help="of the base, or of the runs for report")
+    parser.add_argument("out", type=Path, nargs="?", help="folder of the runs")
+    parser.add_argument("--budgets", default="48,64", help="of `budgets`")
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--problems", type=int, default=PROBLEMS)
+    parser.add_argument("--arms", default="dense,naive,sparse-rl")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--method", default="snapkv")
+    parser.add_argument("--budget", type=int, default=48)
+    parser.add_argument("--set", action="append", default=[], help="more settings of the runs")
     given = parser.parse_args()
-    build_base(given.folder)
+    if given.what == "base":
+        build_base(given.folder)
+    elif given.what == "budgets":
+        budgets = [int(word) for word in given.budgets.split(",")]
+        cost_of_compression(given.folder, budgets, given.samples, given.problems)
+    elif given.what == "runs":
+        if given.out is None:
+            parser.error("runs need OUT, a folder for them")
+        given.out.mkdir(parents=True, exist_ok=True)
+        for seed in given.seeds.split(","):
+            for arm in given.arms.split(","):
+                run_arm(given.folder.resolve(), given.out, arm, int(seed), given)
+    else:
+        report(given.folder)
 
 
 if __name__ == "__main__":
