@@ -86,7 +86,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key."),
         click.option("--seed", type=int, help="Short for --set train.seed=N."),
-        click.option("--data", help="Short for --set data.source=...: a .jsonl file or built-in task."),
+        click.option("--data", help="Short for --set data.source=...: rows or a built-in task."),
         click.option("--model", help="Short for --set model.name=...: a folder or hub name."),
         click.option("--recipe", metavar="NAME|FILE", help="See `frugal-rl recipes`."),
     ):

@@ -16,6 +16,7 @@ PACKAGE = Path(frugal_rl.__file__).parent
 # Each module may import from the lines above its own, and from its own line only what stands before it.
 LEVELS = [
     ["errors"],
+    ["values", "sources"],
     [
         "rewards.kinds",
         "rewards.sandbox",
@@ -56,6 +57,7 @@ LIGHT = [
     "patch",
     "checkpoint",
     "problems",
+    "sources",
     "reward",
     "rollout",
     "tasks",
