@@ -22,7 +22,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,10 +73,24 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A problem that is not used, by where it was read."""
+
+    id: str
+    side: str  # "training" or "held-out"
+    reason: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class ProblemSet:
+    """`solved`: correct and judged answers of the base, by problem, if they were counted (curation.py)."""
+
     train: list[Problem]
     heldout: list[Problem]
     notes: list[str]  # what a person should be told, once
+    left_out: list[LeftOut] = field(default_factory=list)
+    solved: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,9 +115,15 @@ def load_problems(data: Source, tokenizer: Any, max_prompt_tokens: int) -> Probl
     train, heldout = _split(data, notes)
     encode = _Encoder(data, tokenizer, notes)
     sets: list[list[Problem]] = []
+    left_out: list[LeftOut] = []
     for name, rows in (("training", train), ("held-out", heldout)):
         problems = encode(rows)
         kept = [p for p in problems if len(p.prompt_ids) <= max_prompt_tokens]
+        left_out += [
+            LeftOut(p.id, name, f"prompt of {len(p.prompt_ids)} tokens, over {max_prompt_tokens}", p.answer)
+            for p in problems
+            if len(p.prompt_ids) > max_prompt_tokens
+        ]
         if len(kept) < len(problems):
             notes.append(
                 f"{len(problems) - len(kept)} of {len(problems)} {name} problems left out: "
@@ -117,7 +137,7 @@ def load_problems(data: Source, tokenizer: Any, max_prompt_tokens: int) -> Probl
             )
         sets.append(kept)
     encode.say_unknown()
-    return ProblemSet(sets[0], sets[1], notes)
+    return ProblemSet(sets[0], sets[1], notes, left_out)
 
 
 # ---- rows ----

@@ -32,13 +32,14 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Final, Protocol, Self, TypeVar
 
-from frugal_rl.errors import InputError
+from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.rewards import sandbox
 from frugal_rl.rewards.answers import Verdict, last_boxed
 from frugal_rl.rewards.judges import KINDS, Quick, Undecided, compare_math, overlong, wrong
 from frugal_rl.rewards.kinds import Part, read_kind
 from frugal_rl.rewards.workers import MEMORY_BYTES, Ended, Outcome, Pool
 
+ERRORS_MOST: Final = 0.05  # of verdicts may be ERROR: more, and the reward itself is broken
 REMEMBERED: Final = 20_000  # answers whose verdict is kept; a group's samples often agree
 
 
@@ -268,6 +269,18 @@ def _summed(parts: Sequence[Part], futures: Sequence[Future[Judgement]]) -> Futu
     for future in futures:
         future.add_done_callback(finish)
     return total
+
+
+def refuse_errors(judged: Sequence[tuple[Golden, str, Judgement]]) -> None:
+    """A reward that fails is not a reward of 0. Raises: FrugalError, which shows an answer it failed on."""
+    failed = [one for one in judged if one[2].verdict is Verdict.ERROR]
+    if len(failed) > ERRORS_MOST * len(judged):
+        problem, text, judgement = failed[0]
+        name = getattr(problem, "id", "a problem")
+        raise FrugalError(
+            f"the reward failed on {len(failed)} of {len(judged)} answers. {name}, gold "
+            f"{problem.answer[:200]!r}: {judgement.detail}; the answer was {text[-500:]!r}"
+        )
 
 
 def _unsettled(known: Future[Outcome]) -> bool:

@@ -45,7 +45,7 @@ LEVELS = [
     ["doctor", "stream", "storage", "weights"],
     ["decoder"],
     ["policy", "learn", "generate.cache", "generate.eviction", "generate.sample", "generate.engine"],
-    ["sampled", "update", "evaluate", "journal"],
+    ["sampled", "update", "evaluate", "journal", "curation"],
     ["train"],
     ["cli_patch", "cli_reward", "cli"],
 ]
