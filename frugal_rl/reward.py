@@ -22,6 +22,7 @@ Source and differences: rewards/algebra.py, rewards/structure.py.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import threading
@@ -91,6 +92,8 @@ class Verifier:
                     sandbox.check()
                     if not 0 < float(*part.arguments or ("4",)) < self.timeout_s:
                         raise ValueError(f"expected more than 0 and less than timeout_s = {self.timeout_s:g}")
+                if part.name == "gym" and importlib.util.find_spec("reasoning_gym") is None:
+                    raise ValueError("it needs the package reasoning-gym: pip install 'frugal-rl[gym]'")
                 if part.name == "format":
                     re.compile(part.arguments[0])
             except (ValueError, ZeroDivisionError, re.error, sandbox.Unconfined) as error:
@@ -126,9 +129,13 @@ class Verifier:
         of it would be too. Of a sum the first part is asked; what is no comparison with a gold, never.
         """
         first = self.parts[0]
-        if first.function is not None or first.name in ("tags", "overlong"):
+        if first.name == "gym":
+            problems = [problem for problem in problems if problem.answer]  # none where many are right
+            futures = [self._submit(first, one, f"<answer>{one.answer}</answer>") for one in problems]
+        elif first.function is not None or first.name in ("tags", "overlong"):
             return []
-        futures = [self._settle(self._check(first, problem.answer), 0.0) for problem in problems]
+        else:
+            futures = [self._settle(self._check(first, problem.answer), 0.0) for problem in problems]
         judged = zip(problems, [future.result() for future in futures], strict=True)
         return [
             (problem, f"{judgement.verdict.value}: {judgement.detail or 'not equal to itself'}")
