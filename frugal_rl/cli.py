@@ -89,7 +89,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key."),
         click.option("--seed", type=int, help="Short for --set train.seed=N."),
-        click.option("--data", help="Short for --set data.source=...: a .jsonl file or built-in task."),
+        click.option("--data", help="Short for --set data.source=...: rows or a built-in task."),
         click.option("--model", help="Short for --set model.name=...: a folder or hub name."),
         click.option("--recipe", metavar="NAME|FILE", help="See `frugal-rl recipes`."),
     ):
@@ -146,18 +146,24 @@ def train(
 
 def _run(config: Recipe, journal: Any, *, resumed: bool, force: bool) -> dict[str, Any]:
     from . import train as loop
+    from .curation import read_run_file, run_files
     from .journal import Journal
     from .patch import write_atomically
 
     with Console(config.train.steps, f"frugal-rl · {config.model.name}") as console:
         report = loop.Reporter(console.say, console.step)
-        with loop.open_session(config, report) as session, _interrupts(console.say) as stopped:
+        solved = read_run_file(journal.folder).get("solved") if resumed else None
+        with loop.open_session(config, report, solved=solved) as session, _interrupts(console.say) as stopped:
             if resumed:
                 loop.resume(session, journal, report)
                 write_atomically(journal.folder / "recipe.toml", config.to_toml().encode())
                 console.say(f"{journal.folder}: going on after step {journal.step}")
             else:
-                journal = Journal.create(journal.folder, config, force=force)
+                files = run_files(session.problems)
+                journal = Journal.create(journal.folder, config, force=force, files=files)
+                if "left_out.jsonl" in files:
+                    lines = len(session.problems.left_out)
+                    console.say(f"{journal.folder}/left_out.jsonl lists the {lines} problems left out")
             try:
                 return loop.train(session, journal, report, stopped)
             except (OSError, FrugalError, KeyboardInterrupt):

@@ -91,7 +91,7 @@ def _judged(path: Path, verifier: Verifier) -> Iterator[tuple[Row, Judgement]]:
 
 
 def _read(path: Path) -> Iterator[tuple[Row, str]]:
-    from .problems import read_jsonl
+    from .sources import read_jsonl
 
     for number, row in read_jsonl(path):
         where = f"{path}:{number}"

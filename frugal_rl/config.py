@@ -24,38 +24,17 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
-import re
 import tomllib
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from frugal_rl.errors import InputError
 from frugal_rl.rewards.kinds import read_kind
-
-
-@dataclass(frozen=True)
-class Range:
-    """Limits of a number's value, or of a text's length in characters."""
-
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-
-    def holds(self, size: float) -> bool:
-        return (
-            (self.at_least is None or size >= self.at_least)
-            and (self.above is None or size > self.above)
-            and (self.at_most is None or size <= self.at_most)
-        )
-
-    def __str__(self) -> str:
-        limits = {"at least": self.at_least, "above": self.above, "at most": self.at_most}
-        return " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
-
+from frugal_rl.sources import is_source
+from frugal_rl.values import Range, expected, fit, parse_bytes, toml_value, words
+from frugal_rl.values import show as _show
 
 Text = Annotated[str, Range(at_least=1)]
 Count = Annotated[int, Range(at_least=1)]
@@ -64,6 +43,7 @@ Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(at_least=0)]
 Share = Annotated[float, Range(above=0, at_most=1)]
 Texts = tuple[Text, ...]  # a list in TOML
+Switches = Mapping[Text, bool | int | float | str]  # a table in TOML
 
 
 @dataclass(frozen=True)
@@ -77,19 +57,19 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    source: Text  # a path ending in .jsonl, or the name of a built-in task
-    prompt: Text = "prompt"  # the field of a row that holds the prompt
+    source: Text  # rows (.jsonl, .parquet, hub:owner/name/config:split), a built-in task, or gym:NAME
+    prompt: Text = "prompt"  # the field of a row that holds the prompt; outer.inner of a nested one
     answer: Text = "answer"  # the field that holds the answer
-    answer_after: Text | None = None  # the answer is what follows the last of these marks
-    heldout: Count | Text = 500  # so many problems kept from training, or another .jsonl file
+    answer_after: Text | None = None  # the answer is what follows the last of these marks, or in \\boxed
+    heldout: Count | Text = 500  # so many problems kept from training, or other rows
     system: str | None = None  # the chat's system message
     suffix: str | None = None  # appended to every prompt
     format: Literal["chat", "plain"] = "chat"  # through the chat template, or as it stands
+    template: Switches | None = None  # of the chat template, such as {enable_thinking = false}
     max_prompt_tokens: Count = 512  # longer prompts are left out
-
-    @property
-    def is_file(self) -> bool:
-        return self.source.endswith(".jsonl")
+    solve_samples: Count | None = None  # answers of the base to each training problem, to leave out those ...
+    solve_above: Annotated[float, Range(at_least=0, below=1)] = 0.0  # ... not solved in more than this share
+    solve_below: Share = 1.0  # ... or not in less than this: by default the never and the always solved
 
 
 @dataclass(frozen=True)
@@ -316,35 +296,6 @@ def list_recipes() -> dict[str, str]:
     return headers
 
 
-def parse_bytes(text: str) -> int:
-    """ "24GiB", "1.5 GiB" or "512MiB" as bytes. Raises: InputError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text, re.ASCII)
-    unit = match[2] if match else ""
-    if match is None or unit not in ("GiB", "MiB"):
-        hint = (
-            f"; write {unit[0]}iB, which is 2**{30 if unit == 'GB' else 20} bytes"
-            if unit in ("GB", "MB")
-            else ""
-        )
-        raise InputError(f"{_show(text)} is not a size: expected such as 24GiB or 512MiB{hint}")
-    size_bytes = int(float(match[1]) * (2**30 if unit == "GiB" else 2**20))
-    if size_bytes == 0:
-        raise InputError(f"{_show(text)} is no memory at all: expected such as 24GiB or 512MiB")
-    return size_bytes
-
-
-def toml_value(value: str | float | tuple[str, ...]) -> str:
-    """A text, number, boolean or list as TOML: so `f"model.name={toml_value(name)}"` is a safe override."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(toml_value(item) for item in value)}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        # JSON's escapes are TOML's, but that TOML wants DEL escaped as well.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)
-
-
 def _recipe_folder() -> Path:
     """Beside the modules in an installed package, beside the package in a checkout."""
     package = Path(__file__).resolve().parent
@@ -367,9 +318,9 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not equals or not key:
-        expected = "expected section.key=value, such as learner.lr=0.1"
+        wanted = "expected section.key=value, such as learner.lr=0.1"
         hint = "" if dot else _owner(section)
-        raise InputError(f"{where}: {expected}{hint}")
+        raise InputError(f"{where}: {wanted}{hint}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -399,72 +350,20 @@ def _read_section(
         if field.name not in table:
             if field.default is dataclasses.MISSING:
                 raise InputError(
-                    f"{where}: [{name}] {field.name} is missing: expected {_expected(hint)}; "
+                    f"{where}: [{name}] {field.name} is missing: expected {expected(hint)}; "
                     f"write it there or say --set {name}.{field.name}=..."
                 )
             continue
         value = table[field.name]
         try:
-            values[field.name] = _fit(value, hint)
+            values[field.name] = fit(value, hint)
         except ValueError as error:
             at = sources.get((name, field.name), where)
-            near = _nearest(value, _words(hint)) if isinstance(value, str) else ""
+            near = _nearest(value, words(hint)) if isinstance(value, str) else ""
             raise InputError(
-                f"{at}: [{name}] {field.name}: got {_show(value)}{near}; expected {_expected(hint)}"
+                f"{at}: [{name}] {field.name}: got {_show(value)}{near}; expected {expected(hint)}"
             ) from error
     return kind(**values)
-
-
-def _fit(value: Any, hint: Any) -> Any:
-    """`value` as a field of this hint holds it. Raises: ValueError where it does not fit."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for option in arguments:
-            try:
-                return _fit(value, option)
-            except ValueError:  # perhaps the next option fits
-                continue
-    elif origin is Annotated:
-        fitted = _fit(value, arguments[0])
-        if arguments[1].holds(len(fitted) if isinstance(fitted, str) else fitted):
-            return fitted
-    elif origin is Literal:
-        if isinstance(value, str) and value in arguments:
-            return value
-    elif origin is tuple:
-        if isinstance(value, list) and value:
-            return tuple(_fit(item, arguments[0]) for item in value)
-    elif hint is float and type(value) in (int, float) and abs(value) < math.inf:
-        try:
-            return float(value)
-        except OverflowError as error:  # an integer beyond any float
-            raise ValueError(value) from error
-    elif type(value) is hint and hint is not float:  # by identity: True is no int
-        return value
-    raise ValueError(value)
-
-
-def _expected(hint: Any) -> str:
-    """What a key accepts, in words."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_expected(option) for option in arguments if option is not types.NoneType)
-    if origin is Annotated:
-        base, limits = arguments
-        return "a text that is not empty" if base is str else f"{_expected(base)} {limits}"
-    if origin is tuple:
-        return f"a list of such, each {_expected(arguments[0])}"
-    if origin is Literal:
-        words = ", ".join(json.dumps(word) for word in arguments)
-        return f"one of {words}" if len(arguments) > 1 else f"{words}, the only one supported"
-    plain = {str: "a text", int: "an integer", float: "a finite number", bool: "true or false"}
-    return plain[hint]
-
-
-def _words(hint: Any) -> Sequence[str]:
-    if get_origin(hint) in (Union, types.UnionType):
-        return [word for option in get_args(hint) for word in _words(option)]
-    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _check_section(name: str, where: str) -> None:
@@ -494,14 +393,6 @@ def _owner(key: str) -> str:
     """Where a key stands that was looked for in the wrong place."""
     owners = [f"{name}.{key}" for name, kind in _hints(Recipe).items() if key in _hints(kind)]
     return f"; did you mean {' or '.join(owners)}?" if owners else ""
-
-
-def _show(value: Any) -> str:
-    """A value as it stands in TOML, as far as that is short."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    shown = toml_value(value) if isinstance(value, str | int | float) else repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _check_pairs(recipe: Recipe, where: str) -> None:
@@ -556,20 +447,32 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
             f'{where}: [data] system with format = "plain", which has no system message; '
             'leave system out or say format = "chat"'
         )
-    if isinstance(data.heldout, str) and not data.heldout.endswith(".jsonl"):
+    if data.format == "plain" and data.template is not None:
+        raise InputError(f'{where}: [data] template with format = "plain", which has none; leave it out')
+    if data.solve_samples is None and (data.solve_above, data.solve_below) != (0.0, 1.0):
+        raise InputError(
+            f"{where}: [data] solve_above or solve_below without solve_samples: say how many answers to each "
+            "problem the share is measured on, such as solve_samples = 8"
+        )
+    if data.solve_above >= data.solve_below:
+        raise InputError(
+            f"{where}: [data] solve_above = {data.solve_above:g} is not below solve_below = "
+            f"{data.solve_below:g}: no share is between them"
+        )
+    if isinstance(data.heldout, str) and not is_source(data.heldout):
         raise InputError(
             f"{where}: [data] heldout: got {_show(data.heldout)}; "
-            "expected a number of problems such as 500, or a path that ends in .jsonl"
+            "expected a number of problems such as 500, or rows: .jsonl, .parquet or hub:NAME"
         )
-    if not data.is_file:
+    if not is_source(data.source):
         fixed = {"prompt": "prompt", "answer": "answer", "answer_after": None}
         mapped = [key for key, value in fixed.items() if getattr(data, key) != value]
         mapped += ["heldout"] if isinstance(data.heldout, str) else []
         if mapped:
             raise InputError(
                 f"{where}: [data] {', '.join(mapped)} with source = {_show(data.source)}: "
-                "this is for a file, and what does not end in .jsonl is a built-in task, which has "
-                "its own fields and held-out set; leave out what was named"
+                "this is for rows (.jsonl, .parquet, hub:NAME), and what is none is a built-in task, which "
+                "has its own fields and held-out set; leave out what was named"
             )
     try:
         read_kind(recipe.reward.kind)

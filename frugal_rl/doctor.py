@@ -25,6 +25,7 @@ NEEDED = [
 EXTRAS = {
     "llama": ["llama-cpp-python", "gguf"],
     "hub": ["datasets"],
+    "gym": ["reasoning-gym"],
     "plots": ["matplotlib"],
     "test": ["pytest", "hypothesis"],
 }

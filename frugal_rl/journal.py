@@ -5,6 +5,7 @@
                         metrics and the hash of the file before; base + all of them is the policy
     validation.jsonl    a line for each evaluation on the held-out problems: step and accuracy
     metrics.jsonl       a line a step, written anew from the journal when a run goes on
+    problems.json       how many problems, their hash, what the base solved; left_out.jsonl: the others
     summary.json, patch.safetensors    at the end of every session
 
 Law: all state of a run is (recipe, base, journal). Random numbers are functions of the seed and of
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .config import Recipe, load_recipe
@@ -41,8 +43,10 @@ class Journal:
     notes: list[str] = field(default_factory=list)  # what a person should be told
 
     @classmethod
-    def create(cls, folder: Path, recipe: Recipe, *, force: bool) -> Journal:
-        """A new run. Raises InputError if the folder exists and `force` is not given."""
+    def create(
+        cls, folder: Path, recipe: Recipe, *, force: bool, files: Mapping[str, bytes] = MappingProxyType({})
+    ) -> Journal:
+        """A new run, with `files`. Raises InputError if the folder exists and `force` is not given."""
         if folder.exists():
             if not force:
                 raise InputError(
@@ -56,6 +60,8 @@ class Journal:
         (sibling / "journal").mkdir(parents=True)
         write_atomically(sibling / "recipe.toml", recipe.to_toml().encode())
         (sibling / "metrics.jsonl").touch()
+        for name, data in files.items():
+            write_atomically(sibling / name, data)
         os.rename(sibling, folder)  # a run folder appears whole
         return cls(folder)
 

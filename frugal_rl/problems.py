@@ -1,4 +1,4 @@
-"""From a task's name or a JSONL file to problems: token ids to continue and an answer to verify.
+"""From a task's name or rows (sources.py) to problems: token ids to continue and an answer to verify.
 
 Invariants
 - A problem is in train or in held-out, never in both, by its normalised prompt (`same_prompt`). A
@@ -20,8 +20,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,8 +31,11 @@ import numpy as np
 
 from frugal_rl import tasks
 from frugal_rl.errors import InputError
+from frugal_rl.rewards.answers import last_boxed
+from frugal_rl.sources import is_source, read_rows
 
 Message = dict[str, str]
+BOX = ("\\boxed", "\\boxed{")  # as data.answer_after: the answer stands in the last box
 
 
 class Source(Protocol):
@@ -53,6 +57,8 @@ class Source(Protocol):
     def suffix(self) -> str | None: ...
     @property
     def format(self) -> str: ...
+    @property
+    def template(self) -> Mapping[str, bool | int | float | str] | None: ...
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,24 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A problem that is not used, by where it was read."""
+
+    id: str
+    side: str  # "training" or "held-out"
+    reason: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class ProblemSet:
+    """`solved`: correct and judged answers of the base, by problem, if they were counted (curation.py)."""
+
     train: list[Problem]
     heldout: list[Problem]
     notes: list[str]  # what a person should be told, once
+    left_out: list[LeftOut] = field(default_factory=list)
+    solved: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,9 +115,15 @@ def load_problems(data: Source, tokenizer: Any, max_prompt_tokens: int) -> Probl
     train, heldout = _split(data, notes)
     encode = _Encoder(data, tokenizer, notes)
     sets: list[list[Problem]] = []
+    left_out: list[LeftOut] = []
     for name, rows in (("training", train), ("held-out", heldout)):
         problems = encode(rows)
         kept = [p for p in problems if len(p.prompt_ids) <= max_prompt_tokens]
+        left_out += [
+            LeftOut(p.id, name, f"prompt of {len(p.prompt_ids)} tokens, over {max_prompt_tokens}", p.answer)
+            for p in problems
+            if len(p.prompt_ids) > max_prompt_tokens
+        ]
         if len(kept) < len(problems):
             notes.append(
                 f"{len(problems) - len(kept)} of {len(problems)} {name} problems left out: "
@@ -111,7 +137,7 @@ def load_problems(data: Source, tokenizer: Any, max_prompt_tokens: int) -> Probl
             )
         sets.append(kept)
     encode.say_unknown()
-    return ProblemSet(sets[0], sets[1], notes)
+    return ProblemSet(sets[0], sets[1], notes, left_out)
 
 
 # ---- rows ----
@@ -120,17 +146,16 @@ def load_problems(data: Source, tokenizer: Any, max_prompt_tokens: int) -> Probl
 def _split(data: Source, notes: list[str]) -> tuple[list[_Row], list[_Row]]:
     if isinstance(data.heldout, int) and data.heldout < 0:
         raise InputError(f"data.heldout is {data.heldout}, expected a number of problems or a file")
-    path = Path(data.source)
-    if tasks.find_task(data.source) is None and (path.suffix == ".jsonl" or path.is_file()):
-        rows = _read_rows(path, data)
+    if tasks.find_task(data.source) is None and (is_source(data.source) or Path(data.source).is_file()):
+        rows = _read_rows(data.source, data)
         if isinstance(data.heldout, str):
-            heldout = _read_rows(Path(data.heldout), data)
+            heldout = _read_rows(data.heldout, data)
             _refuse_overlap(rows, heldout, data)
             return rows, heldout
         return _split_by_hash(rows, data.heldout, data.source)
     rows, heldout = _task_rows(data.source, "train"), _task_rows(data.source, "heldout")
     if isinstance(data.heldout, str):
-        heldout = _read_rows(Path(data.heldout), data)
+        heldout = _read_rows(data.heldout, data)
     elif data.heldout > len(heldout):
         notes.append(f"{data.source} has {len(heldout)} held-out problems, not {data.heldout}: all are used")
     else:
@@ -179,6 +204,8 @@ def _task_rows(name: str, split: str) -> list[_Row]:
     if task is None:
         near = difflib.get_close_matches(name, tasks.task_names(), n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        if name.count("/") == 1 and not name.startswith("."):
+            hint = f"; a dataset of the hub is written hub:{name}"
         raise InputError(
             f"data.source {name!r} is neither a file nor a built-in task "
             f"(built in: {', '.join(tasks.task_names())}){hint}"
@@ -195,57 +222,27 @@ def _task_rows(name: str, split: str) -> list[_Row]:
     ]
 
 
-def _read_rows(path: Path, data: Source) -> list[_Row]:
+def _read_rows(source: str, data: Source) -> list[_Row]:
     rows = [
         _Row(
-            f"{path}:{line}",
-            f"{path.name}:{line}",
-            _question(row, data, f"{path}:{line}"),
-            _answer(row, data, f"{path}:{line}"),
-            row,
+            read.where,
+            read.id,
+            _question(read.fields, data, read.where),
+            _answer(read.fields, data, read.where),
+            read.fields,
         )
-        for line, row in read_jsonl(path)
+        for read in read_rows(source)
     ]
     if not rows:
-        raise InputError(f"{path}: no rows")
+        raise InputError(f"{source}: no rows")
     return rows
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON Lines file with the line number of each; empty lines are passed over."""
-    if path.suffix not in (".jsonl", ".json", ".ndjson"):
-        raise InputError(f"{path}: expected a JSON Lines file (.jsonl), one object a line")
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file{_nearest_file(path)}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            what = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, ValueError) else "nested too deep"
-            )
-            raise InputError(f"{where}: not JSON: {what}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: expected an object with fields, got {type(row).__name__}")
-        yield number, row
-
-
-def _nearest_file(path: Path) -> str:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
-
-
 def _field(row: Mapping[str, Any], name: str, setting: str, where: str) -> Any:
+    """The field of that name, or `outer.inner` of one that holds fields."""
+    outer, dot, inner = name.partition(".")
+    if dot and name not in row and isinstance(row.get(outer), Mapping):
+        return _field(row[outer], inner, setting, f"{where}, in {outer!r}")
     if name not in row:
         near = difflib.get_close_matches(name, row, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -261,6 +258,10 @@ def _question(row: Mapping[str, Any], data: Source, where: str) -> str | tuple[M
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, list) and value and all(_is_message(message) for message in value):
+        if value[-1]["role"] == "assistant":
+            raise InputError(
+                f"{where}: {data.prompt!r} ends with the assistant's message, which is the response"
+            )
         return tuple({"role": m["role"], "content": m["content"]} for m in value)
     raise InputError(
         f"{where}: {data.prompt!r} must be a text that is not empty, "
@@ -274,10 +275,19 @@ def _is_message(value: Any) -> bool:
 
 def _answer(row: Mapping[str, Any], data: Source, where: str) -> str:
     value = _field(row, data.answer, "data.answer", where)
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InputError(f"{where}: {data.answer!r} must be a text or a number, got {_short(value)}")
     text = str(value)
-    if data.answer_after is not None:
+    if data.answer_after in BOX:
+        boxed = last_boxed(text)
+        if boxed is None:
+            raise InputError(
+                f"{where}: {data.answer!r} has no balanced \\boxed{{}} (data.answer_after): {_short(value)}"
+            )
+        text = boxed
+    elif data.answer_after is not None:
         _, mark, text = text.rpartition(data.answer_after)
         if not mark:
             raise InputError(
@@ -294,6 +304,9 @@ def _short(value: Any) -> str:
 # ---- token ids ----
 
 
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+
+
 class _Encoder:
     """Rows to problems by one tokenizer; counts what it could not spell."""
 
@@ -307,6 +320,26 @@ class _Encoder:
         self.chat = data.format == "chat" and bool(getattr(tokenizer, "chat_template", None))
         if data.format == "chat" and not self.chat:
             notes.append("the tokenizer has no chat template: prompts are given as plain text")
+        self.switches = dict(data.template or {})
+        unknown = [name for name in self.switches if name not in self._known_switches()]
+        if unknown:
+            known = ", ".join(map(repr, self._known_switches())) or "none"
+            raise InputError(
+                f"data.template sets {unknown[0]!r}, which the model's chat template does not use "
+                f"(its switches: {known}); leave it out"
+            )
+
+    def _known_switches(self) -> list[str]:
+        """What a chat template asks for besides the messages and special tokens."""
+        if not self.chat:
+            return []
+        from jinja2 import Environment, meta
+
+        text = self.tokenizer.get_chat_template()
+        text = re.sub(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}", "", text)  # a tag of transformers' own
+        environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+        asked = meta.find_undeclared_variables(environment.parse(text)) - set(environment.globals)
+        return sorted(name for name in asked - _GIVEN if not name.endswith("_token"))
 
     def __call__(self, rows: Sequence[_Row]) -> list[Problem]:
         """In one batch: one by one takes five times as long."""
@@ -347,7 +380,11 @@ class _Encoder:
 
         def template(some: Sequence[_Row]) -> list[str]:
             chats = [self._messages(row) for row in some]
-            return list(self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True))
+            return list(
+                self.tokenizer.apply_chat_template(
+                    chats, tokenize=False, add_generation_prompt=True, **self.switches
+                )
+            )
 
         try:
             return template(rows) if rows else []

@@ -22,6 +22,7 @@ Source and differences: rewards/algebra.py, rewards/structure.py.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import threading
@@ -32,13 +33,14 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Final, Protocol, Self, TypeVar
 
-from frugal_rl.errors import InputError
+from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.rewards import sandbox
 from frugal_rl.rewards.answers import Verdict, last_boxed
 from frugal_rl.rewards.judges import KINDS, Quick, Undecided, compare_math, overlong, wrong
 from frugal_rl.rewards.kinds import Part, read_kind
 from frugal_rl.rewards.workers import MEMORY_BYTES, Ended, Outcome, Pool
 
+ERRORS_MOST: Final = 0.05  # of verdicts may be ERROR: more, and the reward itself is broken
 REMEMBERED: Final = 20_000  # answers whose verdict is kept; a group's samples often agree
 
 
@@ -90,6 +92,8 @@ class Verifier:
                     sandbox.check()
                     if not 0 < float(*part.arguments or ("4",)) < self.timeout_s:
                         raise ValueError(f"expected more than 0 and less than timeout_s = {self.timeout_s:g}")
+                if part.name == "gym" and importlib.util.find_spec("reasoning_gym") is None:
+                    raise ValueError("it needs the package reasoning-gym: pip install 'frugal-rl[gym]'")
                 if part.name == "format":
                     re.compile(part.arguments[0])
             except (ValueError, ZeroDivisionError, re.error, sandbox.Unconfined) as error:
@@ -125,9 +129,13 @@ class Verifier:
         of it would be too. Of a sum the first part is asked; what is no comparison with a gold, never.
         """
         first = self.parts[0]
-        if first.function is not None or first.name in ("tags", "overlong"):
+        if first.name == "gym":
+            problems = [problem for problem in problems if problem.answer]  # none where many are right
+            futures = [self._submit(first, one, f"<answer>{one.answer}</answer>") for one in problems]
+        elif first.function is not None or first.name in ("tags", "overlong"):
             return []
-        futures = [self._settle(self._check(first, problem.answer), 0.0) for problem in problems]
+        else:
+            futures = [self._settle(self._check(first, problem.answer), 0.0) for problem in problems]
         judged = zip(problems, [future.result() for future in futures], strict=True)
         return [
             (problem, f"{judgement.verdict.value}: {judgement.detail or 'not equal to itself'}")
@@ -268,6 +276,18 @@ def _summed(parts: Sequence[Part], futures: Sequence[Future[Judgement]]) -> Futu
     for future in futures:
         future.add_done_callback(finish)
     return total
+
+
+def refuse_errors(judged: Sequence[tuple[Golden, str, Judgement]]) -> None:
+    """A reward that fails is not a reward of 0. Raises: FrugalError, which shows an answer it failed on."""
+    failed = [one for one in judged if one[2].verdict is Verdict.ERROR]
+    if len(failed) > ERRORS_MOST * len(judged):
+        problem, text, judgement = failed[0]
+        name = getattr(problem, "id", "a problem")
+        raise FrugalError(
+            f"the reward failed on {len(failed)} of {len(judged)} answers. {name}, gold "
+            f"{problem.answer[:200]!r}: {judgement.detail}; the answer was {text[-500:]!r}"
+        )
 
 
 def _unsettled(known: Future[Outcome]) -> bool:

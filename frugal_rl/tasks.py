@@ -6,7 +6,8 @@ A task makes its rows itself, as a data file would hold them: dicts with a "prom
     last digit of 7+8+6+9?     ->  0
     worked by a chain of look-ups: 7+8=15;5+6=11;1+9=10;0
 
-The others come from generators.py, with a difficulty from 1: `gcd`, `gcd:3`.
+The others come from generators.py, with a difficulty from 1: `gcd`, `gcd:3`, and from reasoning-gym, with
+the extra `gym`: `gym:NAME` (gym.py).
 
 Invariants
 - A problem is held out if the hash of its text says so (`is_heldout`): one predicate for everything
@@ -19,6 +20,7 @@ Invariants
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from typing import Final
 
 from .errors import InputError
 from .generators import GENERATORS, HARDEST, Draw, Generator
+from .gym import PREFIX, gym_rows
 
 Row = dict[str, str]
 
@@ -91,13 +94,20 @@ TASKS: Final[dict[str, Task]] = {
 
 
 def find_task(name: str) -> Task | None:
-    """The task of that name, or `NAME:DIFFICULTY` of a generator; None if there is none.
+    """The task of that name, `NAME:DIFFICULTY` of a generator or `gym:NAME`; None if there is none.
 
     Raises: InputError for a difficulty that does not exist.
     """
     if name in TASKS:
         return TASKS[name]
     kind, colon, dial = name.partition(":")
+    if name.startswith(PREFIX):
+        return Task(
+            name=name,
+            description=f"reasoning-gym's {dial}",
+            rows=lambda split: _gym_rows(dial)[split],
+            reward="gym",
+        )
     generator = GENERATORS.get(kind)
     if generator is None:
         return None
@@ -115,6 +125,11 @@ def find_task(name: str) -> Task | None:
 def task_names() -> list[str]:
     """Every task, those with a dial without it."""
     return sorted({*TASKS, *GENERATORS})
+
+
+@functools.cache
+def _gym_rows(name: str) -> dict[str, list[Row]]:
+    return gym_rows(name, TRAIN_ROWS, HELDOUT_ROWS)
 
 
 def _generated_rows(name: str, generator: Generator, level: int, split: str) -> list[Row]:

@@ -23,6 +23,7 @@ import torch
 
 from .config import Recipe
 from .correct import ASTRAY
+from .curation import Base, check_unchanged, drop_bad_golds, drop_never_and_always_solved, read_run_file
 from .decoder import check_supported, longest_sequence
 from .errors import FrugalError, InputError
 from .evaluate import Score, evaluate
@@ -37,14 +38,13 @@ from .models import ModelFiles, find_model, load_config, load_tokenizer
 from .patch import Patch
 from .policy import Policy, best_device, load_policy, load_reference
 from .problems import Problem, ProblemSet, draw, load_problems
-from .reward import Judgement, Verdict, Verifier
+from .reward import Judgement, Verifier, refuse_errors
 from .rollout import Request, Rollout
 from .update import Group, learn_within_memory, preflight
 from .weights import export, step_patch
 
 TRAINING = 1  # first word of the random keys; evaluation has its own
 REFILLS = 8  # dynamic sampling: rounds of prompts drawn for one step before it goes on with what it has
-ERRORS_MOST = 0.05  # of a step's verdicts may be ERROR: more, and the reward itself is broken
 ASTRAY_MOST = 0.1  # of a step's responses may have gone astray under compression: more, and the run says so
 STILL_STEPS = 3  # so many steps in a row without a changed weight, and the run stops
 
@@ -73,11 +73,16 @@ class Session:
 
 @contextmanager
 def open_session(
-    recipe: Recipe, report: Reporter, *, training: bool = True, device: torch.device | None = None
+    recipe: Recipe,
+    report: Reporter,
+    *,
+    training: bool = True,
+    device: torch.device | None = None,
+    solved: Mapping[str, tuple[int, int]] | None = None,
 ) -> Iterator[Session]:
     """Load what a recipe names: cheap things first, so that bad input is refused before weights are read.
 
-    Without `training` only the held-out problems are kept.
+    Without `training` only the held-out problems are kept. `solved`: what a run that goes on has measured.
     """
     device = device or best_device()
     if device.type == "cpu":
@@ -100,15 +105,19 @@ def open_session(
         on_timeout=recipe.reward.on_timeout,
         on_error=recipe.reward.on_error,
     ) as verifier:
-        problems = _drop_bad_golds(problems, verifier, report)
+        problems = drop_bad_golds(problems, verifier, report.say)
         policy = load_policy(files, tokenizer, device, form=recipe.model.weights)
+        engine = _engine(policy, recipe, divided)
+        if training and recipe.data.solve_samples is not None:
+            base = Base(recipe, policy, engine, verifier, truncation_of(recipe))
+            problems = drop_never_and_always_solved(problems, base, report.say, solved or {})
         yield Session(
             recipe=recipe,
             files=files,
             plan=divided,
             problems=problems,
             policy=policy,
-            engine=_engine(policy, recipe, divided),
+            engine=engine,
             learner=Learner(
                 policy.decoder,
                 lr=recipe.learner.lr,
@@ -208,24 +217,6 @@ def divide(
     return plan(Shape.from_config(files.config), work, budget)
 
 
-def _drop_bad_golds(problems: ProblemSet, verifier: Verifier, report: Reporter) -> ProblemSet:
-    """Leave out problems whose gold answer the verifier does not accept for itself, and say which."""
-    kept = []
-    for name, rows in (("training", problems.train), ("held-out", problems.heldout)):
-        bad = verifier.check_golds(rows)
-        if bad:
-            shown = "; ".join(f"{p.id} {p.answer[:60]!r} ({why})" for p, why in bad[:3])
-            report.say(f"{len(bad)} of {len(rows)} {name} problems left out, gold not verifiable: {shown}")
-        ids = {problem.id for problem, _ in bad}
-        kept.append([p for p in rows if p.id not in ids])
-        if rows and not kept[-1]:
-            raise InputError(
-                f"reward {verifier.kind!r} accepts none of the {name} golds for itself: "
-                "is it the right reward for this data?"
-            )
-    return replace(problems, train=kept[0], heldout=kept[1])
-
-
 def train(
     session: Session, journal: Journal, report: Reporter, stopped: Callable[[], bool]
 ) -> dict[str, Any]:
@@ -281,11 +272,11 @@ def _say_astray(recipe: Recipe, row: Mapping[str, Any], warned: int, report: Rep
     if compression is None or astray <= ASTRAY_MOST or (warned and row["step"] < warned + 10):
         return warned
     report.say(
-        f"step {row['step']}: the compressed cache leads answers astray: {astray:.0%} of the responses have a "
-        f"token that the policy itself gives less than {ASTRAY:g} of the sampler's probability "
-        f"({ASTRAY_MOST:.0%} is much), and the correction leaves out {row['masked_share']:.0%} of all tokens. "
-        f"What the answers need is evicted: raise rollout.kv_budget above {compression.budget} (responses "
-        f"have up to {row['longest_tokens']} tokens), or try another rollout.eviction"
+        f"step {row['step']}: the compressed cache leads answers astray: {astray:.0%} of the responses have "
+        f"a token that the policy itself gives less than {ASTRAY:g} of the sampler's probability "
+        f"({ASTRAY_MOST:.0%} is much), and the correction leaves out {row['masked_share']:.0%} of the "
+        f"tokens. What the answers need is evicted: raise rollout.kv_budget above {compression.budget} "
+        f"(responses have up to {row['longest_tokens']} tokens), or try another rollout.eviction"
     )
     return int(row["step"])
 
@@ -414,19 +405,8 @@ def _generate(session: Session, problems: Sequence[Problem], drawn: int, clock: 
             mine = [rollouts[k] for k in indices]
             rewards = [_paid(recipe, r, j) for r, j in zip(mine, judgements, strict=True)]
             groups.append(Group(problem, mine, judgements, rewards))
-    _refuse_errors([(problems[k // samples], texts[k], futures[k].result()) for k in sorted(futures)])
+    refuse_errors([(problems[k // samples], texts[k], futures[k].result()) for k in sorted(futures)])
     return groups
-
-
-def _refuse_errors(judged: Sequence[tuple[Problem, str, Judgement]]) -> None:
-    """A reward that fails is not a reward of 0: stop, and show an answer that it failed on."""
-    failed = [one for one in judged if one[2].verdict is Verdict.ERROR]
-    if len(failed) > ERRORS_MOST * len(judged):
-        problem, text, judgement = failed[0]
-        raise FrugalError(
-            f"the reward failed on {len(failed)} of {len(judged)} answers. {problem.id}, gold "
-            f"{problem.answer[:200]!r}: {judgement.detail}; the answer was {text[-500:]!r}"
-        )
 
 
 def _paid(recipe: Recipe, rollout: Rollout, judgement: Judgement) -> float:
@@ -538,7 +518,9 @@ def resume(session: Session, journal: Journal, report: Reporter) -> None:
     """Bring a fresh session to the journal's last step.
 
     Slots and micro-batches are those of the run, whatever memory is free now: they decide the order of sums.
+    Raises InputError where the problems are not those that the run began with.
     """
+    check_unchanged(session.problems, read_run_file(journal.folder), journal.folder)
     for patch in journal.replay():
         session.policy.weights.write_patch_(patch)
     journal.restore()

@@ -16,6 +16,7 @@ PACKAGE = Path(frugal_rl.__file__).parent
 # Each module may import from the lines above its own, and from its own line only what stands before it.
 LEVELS = [
     ["errors"],
+    ["values", "sources"],
     [
         "rewards.kinds",
         "rewards.sandbox",
@@ -25,6 +26,7 @@ LEVELS = [
         "patch",
         "config",
         "rollout",
+        "gym",
         "tasks",
         "console",
     ],
@@ -39,12 +41,13 @@ LEVELS = [
         "rewards.algebra",
         "rewards.custom",
         "rewards.verifiers",
+        "rewards.gym",
     ],
     ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes"],
     ["doctor", "stream", "storage", "weights"],
     ["decoder"],
     ["policy", "learn", "generate.cache", "generate.eviction", "generate.sample", "generate.engine"],
-    ["sampled", "update", "evaluate", "journal"],
+    ["sampled", "update", "evaluate", "journal", "curation"],
     ["train"],
     ["cli_patch", "cli_reward", "cli"],
 ]
@@ -56,6 +59,7 @@ LIGHT = [
     "patch",
     "checkpoint",
     "problems",
+    "sources",
     "reward",
     "rollout",
     "tasks",

@@ -467,9 +467,9 @@ def test_every_number_of_the_schema_has_limits_that_its_default_keeps():
         for field in dataclasses.fields(section):
             if field.default not in (dataclasses.MISSING, None):
                 hint = config._hints(section)[field.name]
-                assert config._fit(field.default, hint) == field.default
+                assert config.fit(field.default, hint) == field.default
                 with pytest.raises(ValueError):
-                    config._fit(math.nan, hint)
+                    config.fit(math.nan, hint)
 
 
 def test_patience_needs_evaluations_to_be_patient_with():

@@ -216,7 +216,13 @@ def test_where_sampler_and_old_policy_are_one_nothing_is_corrected(name):
     assert torch.equal(got.counted_BT, mask_BT)
     assert got.stats == pytest.approx(
         dict.fromkeys(QUANTILES, 1.0)
-        | {"sampler_gap_max": 0, "sampler_gap_k3": 0, "rejected_share": 0, "masked_share": 0, "astray_share": 0}
+        | {
+            "sampler_gap_max": 0,
+            "sampler_gap_k3": 0,
+            "rejected_share": 0,
+            "masked_share": 0,
+            "astray_share": 0,
+        }
         | {"effective_share": 1.0}
     )
 

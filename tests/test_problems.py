@@ -45,6 +45,7 @@ class Data:
     system: str | None = None
     suffix: str | None = None
     format: str = "chat"
+    template: Any = None
 
 
 def byte_tokenizer(template: str | None = CHATML, **special: Any) -> PreTrainedTokenizerFast:
@@ -133,6 +134,39 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: str, says: st
     assert says in str(caught.value)
 
 
+def test_fields_within_fields_are_named_by_a_dot(tmp_path: Path) -> None:
+    row = {
+        "prompt": [{"role": "user", "content": "1+1?"}],
+        "reward_model": {"ground_truth": ["2"], "style": "rule"},
+    }
+    source = write(tmp_path / "x.jsonl", row, {**row, "reward_model": {"style": "rule"}})
+    with pytest.raises(InputError, match=r"x\.jsonl:2, in 'reward_model': no field 'ground_truth'"):
+        load(source, answer="reward_model.ground_truth")
+    good = write(tmp_path / "y.jsonl", row)
+    assert load(good, answer="reward_model.ground_truth").train[0].answer == "2"
+    flat = write(
+        tmp_path / "z.jsonl", {"prompt": "p", "a.b": 1, "a": {"b": 2}}
+    )  # a name with a dot is a name
+    assert load(flat, answer="a.b").train[0].answer == "1"
+
+
+def test_the_answer_can_stand_in_the_last_box_of_a_solution(tmp_path: Path) -> None:
+    solution = r"First \boxed{1}, then $\boxed{\frac{1}{2}}$."
+    source = write(tmp_path / "x.jsonl", {"prompt": "p", "solution": solution})
+    for mark in ("\\boxed", "\\boxed{"):
+        assert load(source, answer="solution", answer_after=mark).train[0].answer == r"\frac{1}{2}"
+    source = write(tmp_path / "y.jsonl", {"prompt": "p", "solution": r"\boxed{1"})
+    with pytest.raises(InputError, match=r"y\.jsonl:1: 'solution' has no balanced \\boxed\{\}"):
+        load(source, answer="solution", answer_after="\\boxed")
+
+
+def test_a_prompt_that_ends_with_the_assistants_message_is_refused(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    source = write(tmp_path / "x.jsonl", {"prompt": chat, "answer": "2"})
+    with pytest.raises(InputError, match=r"x\.jsonl:1: 'prompt' ends with the assistant's message"):
+        load(source)
+
+
 def test_bytes_that_are_not_utf8_and_a_missing_mark_are_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"prompt": "\xff", "answer": "1"}\n')
@@ -149,9 +183,9 @@ def test_a_file_that_is_missing_or_empty_or_of_another_kind_is_refused(tmp_path:
         load(str(tmp_path / "trian.jsonl"))
     with pytest.raises(InputError, match=r"no rows"):
         load(write(tmp_path / "empty.jsonl", ""))
-    (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match=r"expected a JSON Lines file"):
-        load(str(tmp_path / "x.parquet"))
+    (tmp_path / "x.csv").write_bytes(b"prompt,answer")
+    with pytest.raises(InputError, match=r"expected a JSON Lines file .*or a Parquet file"):
+        load(str(tmp_path / "x.csv"))
 
 
 # ---- the split ----
@@ -332,6 +366,36 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
         load(source, format="plain", system="S")
     with pytest.raises(InputError, match=r"data.format is 'chatty'"):
         load(source, format="chatty")
+
+
+THINKING = CHATML + (
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    "{% generation %}{% endgeneration %}{% for x in [1] %}{% break %}{% endfor %}{{ bos_token }}"
+)
+
+
+def test_switches_reach_the_chat_template(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", *some_rows(2))
+    tokenizer = byte_tokenizer(THINKING.replace("{% generation %}{% endgeneration %}", ""))
+    thinks, not_ = (
+        load(source, tokenizer, template={"enable_thinking": value}).train[0] for value in (True, False)
+    )
+    assert not_.prompt == thinks.prompt + "<think>\n\n</think>\n\n"
+    assert tokenizer.decode(not_.prompt_ids) == not_.prompt
+    assert load(source, tokenizer).train[0].prompt == thinks.prompt
+
+
+@pytest.mark.parametrize(
+    ("template", "known"), [(THINKING, "'enable_thinking'"), (CHATML, "none"), (None, "none")]
+)
+def test_a_switch_that_the_template_does_not_use_is_refused_by_name(
+    tmp_path: Path, template: str | None, known: str
+) -> None:
+    source = write(tmp_path / "a.jsonl", *some_rows(2))
+    with pytest.raises(InputError) as caught:
+        load(source, byte_tokenizer(template), template={"thinking": True})
+    wanted = f"'thinking', which the model's chat template does not use (its switches: {known})"
+    assert wanted in str(caught.value)
 
 
 # ---- real files ----

@@ -1,9 +1,18 @@
 r"""Where a response's answer is, and its text in one spelling.
 
-Law: the answer is what a mark names, the last `\boxed{}`, else `#### N`, else `<answer>`; an answer that
-no mark names is none, however clearly a sentence says it: a policy is paid for what can be found by
-rule. A box replaces the one before it (self-correction), except that boxes joined by nothing but a
-connective (`\boxed{1}` or `\boxed{2}`) are one list of answers.
+Law: the answer is what a mark names, the last `\boxed{}`, else `#### N`, else `<answer>`. A box replaces the
+one before it (self-correction), except that boxes joined by nothing but a connective (`\boxed{1}` or
+`\boxed{2}`) are one list of answers.
+
+Without any mark a sentence may name it (`phrased_answer`, for mathematics alone): "the answer is N",
+"Final answer: N", "Answer: N". It must be the response's last sentence, and say so without a condition or
+a doubt; two such sentences with different answers are one list of answers, unless words between them take
+the first one back. Everything else that no mark names is no answer: a policy is paid for what can be found
+by rule.
+
+Source: "Answer: N" is asked for by DAPO's prompts (arXiv 2503.14476), "The final answer is N. I hope it is
+correct." by Minerva's (arXiv 2206.14858), read by allenai/open-instruct and by math-verify's anchors.
+Differs: math-verify takes the last number of a text that names no answer.
 
 Work here is linear in the text.
 """
@@ -14,7 +23,6 @@ import enum
 import itertools
 import re
 import unicodedata
-from dataclasses import dataclass
 from typing import Final
 
 from frugal_rl.rewards.quantities import TEXT
@@ -30,32 +38,6 @@ class Verdict(enum.Enum):
     NO_ANSWER = "no_answer"
     TIMEOUT = "timeout"
     ERROR = "error"
-
-
-@dataclass(frozen=True)
-class Decided:
-    verdict: Verdict
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Undecided:
-    """Left to a worker: every one of `answers` must equal `gold`."""
-
-    gold: str
-    answers: tuple[str, ...]
-
-
-Quick = Decided | Undecided
-CORRECT: Final = Decided(Verdict.CORRECT)
-
-
-def wrong(detail: str = "") -> Decided:
-    return Decided(Verdict.WRONG, detail)
-
-
-def no_answer(detail: str) -> Decided:
-    return Decided(Verdict.NO_ANSWER, detail)
 
 
 # ---- where the answer is ----
@@ -125,6 +107,85 @@ def final_answer(response: str) -> str | None:
     end = lower.rfind("</answer>")
     start = lower.rfind("<answer>", 0, max(end, 0))
     return response[start + len("<answer>") : end].strip() if start >= 0 else None
+
+
+_LEADS = (
+    r"(?:(?:so|thus|therefore|hence|then|now|and|finally|ultimately|consequently|in conclusion|in summary"
+    r"|as a result|we (?:conclude|find|get|see) that|this means(?: that)?|it follows that)[,:]?\s+)*"
+)
+_PHRASE = re.compile(
+    rf"(?:^|(?<=[.!?;,:>\n]))[\s*#>_$-]*{_LEADS}(?:the |my |our )?"
+    r"(?:(?:final|correct|right|exact|required|desired|numerical|simplified) )*"
+    r"answer(?: to (?:the|this) (?:problem|question))?[*_]*"
+    r"(?:\s*[:=]|\s+(?:is|are|would be|will be|equals|must be|should be)\b[:,]?)[*_]*"
+    r"(?: (?:therefore|thus|then|indeed|simply|just|exactly|equal to|given by)\b:?,?)*",
+    re.IGNORECASE,
+)
+_ANOTHER_QUESTION = re.compile(
+    r"^\W*(?:question|problem|q|human|user|input|example)\b\s*\d*\s*:", re.I | re.M
+)
+_DOUBT = re.compile(
+    r"\b(?:if|suppose|assum\w+|unless|when|maybe|perhaps|probably|might|not|wrong|incorrect|doubt|guess\w*"
+    r"|unsure|whether|mistaken\w*|instead of|would say|options?|part)\b|n't\b",
+    re.IGNORECASE,
+)
+_TAKEN_BACK = re.compile(
+    r"\b(?:wait|no|actually|mistake\w*|wrong|incorrect|error|re-?check\w*|sorry|oops|hmm+|instead|let me"
+    r"|correction|recalculat\w*|recomput\w*|redo)\b",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)(?!\s*m\.)")
+_REASON = re.compile(r",? (?:because|since)\b.*", re.IGNORECASE | re.DOTALL)
+_CLAUSE = re.compile(
+    r"\b(?:because|since|if|when|before|after|but|which|where|that|then|so|unless|except|wait|actually|hmm"
+    r"|as|though|although|while|be|is|are|was|were|can|cannot|unknown|unclear|known|above|below|i|we|you"
+    r"|it|this|these|those|he|she|they)\b"
+)
+_CLOSING = re.compile(r"\W*(?:I hope (?:it|this) is correct|Q\.?E\.?D)?\W*", re.IGNORECASE)
+_FENCES = re.compile(r"\$\$|\\\[|\\\]|^\s*\*+|\*+\s*$")
+PHRASED_CHARACTERS: Final = 4_000  # the end of the response is looked at
+
+
+def phrased_answer(response: str) -> str | None:
+    """What the last sentence of a response without marks says that the answer is."""
+    text = response[-PHRASED_CHARACTERS:]
+    if "answer" not in text.casefold() or _ANOTHER_QUESTION.search(text):
+        return None
+    if "<think>" in response and "</think>" not in response:
+        return None
+    found = list(_PHRASE.finditer(text))
+    if not found:
+        return None
+    said = [_said(text, match) for match in found]
+    last = said[-1]
+    if last is None or not _CLOSING.fullmatch(last[1]):
+        return None
+    answers = [last[0]]
+    for match, one, after in reversed(list(zip(found[:-1], said, found[1:], strict=False))):
+        if one is None or _TAKEN_BACK.search(text[match.end() : after.start()]):
+            break
+        if one[0] not in answers:
+            answers.insert(0, one[0])
+    return "; ".join(answers)
+
+
+def _said(text: str, match: re.Match[str]) -> tuple[str, str] | None:
+    """What follows a phrase to the end of its sentence, and what follows that; None if it is in doubt."""
+    start = max(text.rfind(mark, 0, match.start() + 1) for mark in ".!?\n")
+    if _DOUBT.search(text[start + 1 : match.end()]):
+        return None
+    tail = text[match.end() :].strip()
+    end = _SENTENCE_END.search(tail)
+    if end is not None and end.group() == "?":
+        return None
+    answer, rest = (tail[: end.start()], tail[end.end() :]) if end is not None else (tail, "")
+    lines = [line for line in _FENCES.sub("\n", answer.strip()).split("\n") if line.strip(" *_#")]
+    if r"\begin" not in answer and len(lines) > 1:
+        answer, rest = lines[0], " ".join(lines[1:]) + rest
+    answer = _REASON.sub("", _FENCES.sub("", answer.strip())).strip(" *_`\n")
+    if not answer or _CLAUSE.search(TEXT.sub("", answer).casefold()):
+        return None
+    return answer, rest
 
 
 def marked_or_last_line(response: str) -> str:

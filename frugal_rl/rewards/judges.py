@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-from frugal_rl.rewards.answers import ANSWER_CHARACTERS, Verdict, final_answer, marked_or_last_line, normalise
+from frugal_rl.rewards.answers import (
+    ANSWER_CHARACTERS,
+    Verdict,
+    final_answer,
+    marked_or_last_line,
+    normalise,
+    phrased_answer,
+)
 from frugal_rl.rewards.quantities import NUMBER, quantity, same_quantity
 from frugal_rl.rewards.structure import Refused, compare
 
@@ -75,7 +82,9 @@ def compare_math(gold: str, answer: str, *, identical: bool = True) -> Quick:
 def judge_math(gold: str, response: str) -> Quick:
     answer = final_answer(response)
     if answer is None:
-        return no_answer(r"no \boxed{}, #### or <answer>")
+        answer = phrased_answer(response)
+    if answer is None:
+        return no_answer(r"no \boxed{}, ####, <answer>, and no last sentence such as 'The answer is 5.'")
     return compare_math(gold, answer)
 
 

@@ -43,6 +43,7 @@ BUILT_IN: Final[dict[str, Form]] = {
     "format": Form(fewest=1, most=1, function="frugal_rl.rewards.verifiers:regular_expression"),
     "code": Form(most=1, function="frugal_rl.rewards.verifiers:code"),  # seconds for one program
     "countdown": Form(function="frugal_rl.rewards.verifiers:countdown"),
+    "gym": Form(function="frugal_rl.rewards.gym:score"),  # of data.source = "gym:NAME"
 }
 _TERM = re.compile(r"(?:([0-9.]+)\s*\*\s*)?([^()*\s][^()]*?)\s*(?:\((.*)\))?", re.DOTALL)
 
