@@ -23,7 +23,7 @@ NEEDED = [
     "zstandard",
 ]
 EXTRAS = {
-    "llama": ["llama-cpp-python", "gguf"],
+    "llama": ["llama-cpp-python"],
     "hub": ["datasets"],
     "plots": ["matplotlib"],
     "test": ["pytest", "hypothesis"],
