@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from frugal_rl.models import find_model, load_tokenizer, stop_ids
 
 from .conftest import make_config, needs_llama
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(os.environ.get("FRUGAL_RL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CORPUS = [
     "Natalia sold 48 clips to her friends in April, and then she sold half as many clips in May.",
     "How many clips did Natalia sell altogether in April and May?  It's $12.50 -- she'll pay!",
@@ -37,13 +39,14 @@ HARD = [
 ]
 
 
+@functools.cache
 def real_tokenizer(name: str) -> Any:
     """One of llama.cpp's vocabulary files, as transformers reads it."""
     from transformers import AutoTokenizer
 
     file = f"ggml-vocab-{name}.gguf"
     if not (DATA / "vocab" / file).exists():
-        pytest.skip(f"needs {file} in ../shared/data/vocab (llama.cpp's models folder has it)")
+        pytest.skip(f"needs {file} in vocab/ of FRUGAL_RL_DATA (llama.cpp's models folder has it)")
     tokenizer = AutoTokenizer.from_pretrained(DATA / "vocab", gguf_file=file)
     if name == "llama-bpe":  # transformers loses this key of Llama 3's tokenizer.json
         tokenizer.backend_tokenizer.model.ignore_merges = True
