@@ -107,6 +107,9 @@ def _overrides(model: str | None, data: str | None, seed: int | None, rest: Over
 
 @cli.command()
 @recipe_options
+@click.option(
+    "--generator", type=click.Choice(["engine", "llama.cpp"]), help="Short for --set rollout.generator=..."
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder [runs/RECIPE-N].")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run.")
 @click.option("--force", is_flag=True, help="Replace the run folder if it exists.")
@@ -117,6 +120,7 @@ def train(
     data: str | None,
     seed: int | None,
     overrides: Overrides,
+    generator: str | None,
     output: Path | None,
     resume: Path | None,
     force: bool,
@@ -128,6 +132,8 @@ def train(
     """
     from .journal import Journal
 
+    if generator is not None:
+        overrides = (f"rollout.generator={toml_value(generator)}", *overrides)
     changes = _overrides(model, data, seed, overrides)
     if resume is not None:
         if recipe is not None or output is not None or force:
@@ -393,6 +399,8 @@ def evaluate_command(
     if recipe is None and loaded is not None and "recipe" in loaded.meta:
         # a run's patch is for the checkpoint itself, also that of a run on its int8 form
         config = read_recipe(loaded.meta["recipe"], ["model.weights=bf16", *changes], where=str(patch))
+        if not any(change.startswith("rollout.generator") for change in changes):
+            config = replace(config, rollout=replace(config.rollout, generator="engine", gguf=None))
     else:
         config = load_recipe(recipe or DEFAULT_RECIPE, changes)
     config = _with_cache(config, kv_budget=kv_budget, kv_buffer=kv_buffer, eviction=eviction)

@@ -20,7 +20,10 @@ def print_result(value: Any, as_json: bool, text: Callable[[], str]) -> None:
 
 @click.group()
 def patch() -> None:
-    """Make, apply, take off, check and join patches. BASE is a folder, an embedded or a hub model."""
+    """Make, apply, take off, check and join patches.
+
+    BASE is a folder, an embedded model, a hub model or, to apply, take off and check, a GGUF file.
+    """
 
 
 def _folder(name: str) -> Path:
@@ -28,6 +31,20 @@ def _folder(name: str) -> Path:
 
     path = Path(name)
     return path if path.is_dir() else find_model(name).folder
+
+
+def _gguf(base: str, given: Path | None) -> Any:
+    """The folder that a GGUF's patch may need: the one that was given, or how the base's name is found.
+
+    None where BASE is no GGUF. Raises InputError.
+    """
+    from .gguf.file import is_gguf
+
+    if not is_gguf(Path(base)):
+        if given is not None:
+            raise InputError(f"--base is for a GGUF, which {base} is not")
+        return None
+    return given or (lambda name: _folder(name))
 
 
 def _target(output: Path | None, in_place: bool) -> None:
@@ -55,14 +72,25 @@ def diff(base: str, trained: Path, output: Path, force: bool) -> None:
 @click.argument("base")
 @click.argument("file", type=click.Path(path_type=Path), metavar="PATCH")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--base", "given", type=click.Path(path_type=Path), help="The folder a GGUF was converted from."
+)
 @click.option("--in-place", is_flag=True, help="Rewrite the touched bytes of BASE itself (crash-safe).")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
-def apply_command(base: str, file: Path, output: Path | None, in_place: bool, force: bool) -> None:
-    """Write BASE with PATCH, bit for bit the trained model."""
+def apply_command(
+    base: str, file: Path, output: Path | None, given: Path | None, in_place: bool, force: bool
+) -> None:
+    """Write BASE, a folder or a GGUF, with PATCH: bit for bit the trained model."""
     from . import checkpoint
 
     _target(output, in_place)
-    if in_place:
+    source = _gguf(base, given)
+    if source is not None:
+        from .gguf import change
+        from .patch import Patch
+
+        done = change.apply(Path(base), Patch.load(file), source, out=output, force=force)
+    elif in_place:
         done = checkpoint.apply_in_place(Path(base), file)
     else:
         assert output is not None
@@ -74,14 +102,25 @@ def apply_command(base: str, file: Path, output: Path | None, in_place: bool, fo
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path), metavar="PATCH")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--base", "given", type=click.Path(path_type=Path), help="The folder a GGUF was converted from."
+)
 @click.option("--in-place", is_flag=True, help="Rewrite the touched bytes of FOLDER itself (crash-safe).")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
-def revert(folder: Path, file: Path, output: Path | None, in_place: bool, force: bool) -> None:
-    """Take PATCH off FOLDER: the base again, byte for byte."""
+def revert(
+    folder: Path, file: Path, output: Path | None, given: Path | None, in_place: bool, force: bool
+) -> None:
+    """Take PATCH off FOLDER, which may be a GGUF: the base again, byte for byte."""
     from . import checkpoint
 
     _target(output, in_place)
-    if in_place:
+    source = _gguf(str(folder), given)
+    if source is not None:
+        from .gguf import change
+        from .patch import Patch
+
+        done = change.revert(folder, Patch.load(file), source, out=output, force=force)
+    elif in_place:
         done = checkpoint.revert_in_place(folder, file)
     else:
         assert output is not None
@@ -92,13 +131,23 @@ def revert(folder: Path, file: Path, output: Path | None, in_place: bool, force:
 @patch.command()
 @click.argument("folder")
 @click.argument("file", type=click.Path(path_type=Path), metavar="PATCH")
+@click.option(
+    "--base", "given", type=click.Path(path_type=Path), help="The folder a GGUF was converted from."
+)
 @click.option("--full", is_flag=True, help="Compare every tensor, not the touched entries alone.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def verify(folder: str, file: Path, full: bool, as_json: bool) -> None:
-    """Say whether FOLDER is PATCH's base or has it applied. Exit code 2 if it is neither."""
+def verify(folder: str, file: Path, given: Path | None, full: bool, as_json: bool) -> None:
+    """Say whether FOLDER, or a GGUF, is PATCH's base or has it applied. Exit code 2 if it is neither."""
     from . import checkpoint
 
-    found = checkpoint.verify(_folder(folder), file, full=full)
+    source = _gguf(folder, given)
+    if source is not None:
+        from .gguf import change
+        from .patch import Patch
+
+        found = change.verify(Path(folder), Patch.load(file), source, full=full)
+    else:
+        found = checkpoint.verify(_folder(folder), file, full=full)
     meaning = {"base": "is the base of this patch", "applied": "has this patch applied"}[found.state]
     how = "every tensor compared" if full else "touched entries compared"
     print_result(

@@ -106,11 +106,18 @@ class Rollout:
     kv_budget: Count | None = None  # entries that stay when a slot's KV cache is full; absent: nothing leaves
     kv_buffer: Count | None = None  # entries of a slot besides those; absent: 128
     eviction: Literal["rkv", "snapkv", "h2o", "streaming", "none"] | None = None  # absent: rkv
-    generator: Literal["engine"] = "engine"
+    # engine: the policy's own weights; llama.cpp: a GGUF of them, its touched blocks written after each step
+    generator: Literal["engine", "llama.cpp"] = "engine"
+    gguf: Literal["q8_0", "bf16", "f16"] | None = None  # the format of that copy; absent: q8_0
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+
+    @property
+    def gguf_format(self) -> str | None:
+        """Of llama.cpp's copy of the weights; None where there is none."""
+        return None if self.generator == "engine" else self.gguf or "q8_0"
 
     @property
     def compression(self) -> Compression | None:
@@ -127,7 +134,7 @@ class Loss:
     clip_low: Share | None = None  # the ratio's lower limit is 1 - clip_low; absent: the paper's
     clip_high: Positive | None = None  # the ratio's upper limit is 1 + clip_high; absent: the paper's
     correction: Literal[
-        "auto",  # off where the sampler is the learner; sparse-rl with a kv_budget, tis with host weights
+        "auto",  # off where the sampler is the learner; sparse-rl with a kv_budget, else tis
         "off",
         "sparse-rl",
         "tis",
@@ -198,9 +205,10 @@ def whole_tokens(recipe: Recipe) -> int | None:
 def sampler_is_learner(recipe: Recipe) -> bool:
     """Whether rollouts are drawn from the learner's own dense policy.
 
-    int8 weights: both read the same. host weights: the sampler reads an int8 copy.
+    int8 weights: both read the same. host weights: the sampler reads an int8 copy; llama.cpp: a GGUF.
     """
-    return whole_tokens(recipe) is None and recipe.model.weights != "host"
+    engine = recipe.rollout.generator == "engine"
+    return whole_tokens(recipe) is None and recipe.model.weights != "host" and engine
 
 
 def correction_name(recipe: Recipe) -> str:
@@ -425,7 +433,11 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
         )
     if loss.correction == "off" and not loss.uncorrected and not sampler_is_learner(recipe):
         budget = whole_tokens(recipe)
-        cause = f"[rollout] kv_budget = {budget}" if budget is not None else '[model] weights = "host"'
+        cause = '[model] weights = "host"'
+        if rollout.generator != "engine":
+            cause = f"[rollout] generator = {_show(rollout.generator)}"
+        elif budget is not None:
+            cause = f"[rollout] kv_budget = {budget}"
         raise InputError(
             f'{where}: [loss] correction = "off" with {cause}: the sampler is another policy than the '
             "learner, and training on its rollouts as if they were the learner's own can collapse (arXiv "
@@ -437,6 +449,16 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
             f"{rollout.prompts}: a minibatch is whole groups; expected at most one for each prompt"
         )
     check_compression(rollout, where)
+    if rollout.generator == "engine" and rollout.gguf is not None:
+        raise InputError(
+            f'{where}: [rollout] gguf = {_show(rollout.gguf)} with generator = "engine", which has no copy '
+            'of the weights; leave gguf out, or say generator = "llama.cpp"'
+        )
+    if rollout.generator == "llama.cpp" and rollout.compression is not None:
+        raise InputError(
+            f'{where}: [rollout] kv_budget = {rollout.kv_budget} with generator = "llama.cpp", whose cache '
+            'evicts nothing; leave kv_budget out, or say generator = "engine"'
+        )
     if recipe.train.patience is not None and recipe.train.eval_every is None:
         raise InputError(
             f"{where}: [train] patience without eval_every: there is no evaluation to be patient with; "

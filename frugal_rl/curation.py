@@ -40,8 +40,7 @@ from typing import Any
 from .checkpoint import base_info
 from .config import Recipe
 from .errors import InputError
-from .generate.engine import Engine
-from .generate.sample import Truncation
+from .generate.sample import Sampler, Truncation
 from .patch import sync_folder
 from .policy import Policy
 from .problems import LeftOut, Problem, ProblemSet
@@ -90,7 +89,7 @@ class Base:
 
     recipe: Recipe
     policy: Policy
-    engine: Engine
+    engine: Sampler
     verifier: Verifier
     truncation: Truncation
 

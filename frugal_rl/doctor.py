@@ -23,7 +23,7 @@ NEEDED = [
     "zstandard",
 ]
 EXTRAS = {
-    "llama": ["llama-cpp-python", "gguf"],
+    "llama": ["llama-cpp-python"],
     "hub": ["datasets"],
     "gym": ["reasoning-gym"],
     "plots": ["matplotlib"],

@@ -16,8 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .generate.engine import Engine
-from .generate.sample import Truncation
+from .generate.sample import Sampler, Truncation
 from .policy import Policy
 from .problems import Problem
 from .reward import Judgement, Verdict, Verifier
@@ -64,7 +63,7 @@ class Evaluation:
 
 def evaluate(
     policy: Policy,
-    engine: Engine,
+    engine: Sampler,
     verifier: Verifier,
     problems: Sequence[Problem],
     *,

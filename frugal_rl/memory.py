@@ -38,6 +38,12 @@ PROPOSAL_BYTES = 20 * (4 << 20)  # scratch of a proposal: a few copies of its en
 RESIDENT_BYTES = 64 << 20  # copies of all layers may stay while sampling, up to this (decoder.py)
 WINDOW_QUERIES = 8  # that rkv and snapkv remember of each slot (generate/eviction.py)
 EVICTION_BYTES = 4 * (8 << 20)  # its temporaries, each of at most a block (generate/eviction.py)
+# llama.cpp as the sampler: bytes of an entry by its format, tokens of a batch, sequences at a time (256 is
+# its limit, one stream is spare); its cache is float16, for each sequence a multiple of so many entries
+LLAMA_ENTRY_BYTES = {"q8_0": 34 / 32, "bf16": 2.0, "f16": 2.0}
+LLAMA_BATCH_TOKENS = 256
+LLAMA_SLOTS = 255
+LLAMA_CACHE_BYTES, LLAMA_CELLS = 2, 256
 # the most tokens that go through a layer together: on a GPU its products gain nothing beyond; on a CPU the
 # activations stay in the cache (the embedded model learns 1.6 times as fast as with 4096)
 MOST_MICRO_TOKENS = {"device": 8192, "host": 1024}
@@ -115,7 +121,8 @@ class Work:
     `storage_bytes`, `compute_bytes`: of an entry. `has_host`: the device has a host with memory of its
     own, so that boundary states may go there; `host_room_bytes` of it may be used (None: not known).
     `reference`: another model that scores the rollouts, streamed from the host. `kv_entries`: of a slot,
-    where `eviction` holds it to so many.
+    where `eviction` holds it to so many. `gguf`: the format of llama.cpp's copy of the weights, where it
+    is the sampler.
 
     What is streamed comes from the system's page cache, which is not counted where it has no memory apart.
     """
@@ -131,6 +138,7 @@ class Work:
     reference: Shape | None = None
     kv_entries: int | None = None
     eviction: str | None = None
+    gguf: str | None = None
 
     @property
     def longest(self) -> int:
@@ -230,8 +238,15 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
         "prefill": work.longest * token,  # one prompt at a time at least
         **({"eviction": EVICTION_BYTES} if work.eviction else {}),
     }
+    copy = {}
+    if work.gguf is not None:  # llama.cpp computes: the engine's layer copies and prefill are not there
+        entries, slot = _llama_stream_bytes(shape, held)
+        copy = {"llama.cpp's weights": int(shape.parameters * LLAMA_ENTRY_BYTES[work.gguf])}
+        batch = {"layer copies": 0, "prefill": _llama_batch_bytes(shape), "llama.cpp's spare stream": entries}
+        generating |= {**batch, **copy}
     learning = {
         "weights": weights,
+        **copy,
         "layer copies": _streamed_bytes(shape, work.storage_bytes, compute)
         if form.host
         else layer * together * copied,
@@ -257,6 +272,8 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     fixed = sum(learning.values())
     room = budget_bytes - sum(generating.values())
     slots = max(1, min(work.sequences, room // slot))
+    if work.gguf is not None:
+        slots = min(slots, LLAMA_SLOTS)
     most = MOST_MICRO_TOKENS["device" if work.has_host else "host"]
     fitting = (budget_bytes - fixed - gradients - way.device_bytes) // (token * together)
     micro = max(work.longest, min(fitting, most, work.sequences * work.longest))
@@ -270,7 +287,11 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
         layers_together=together,
         budget_bytes=budget_bytes,
         least_bytes=0,
-        generating={**generating, "KV pool": slots * entries, "logits": slots * logits},
+        generating={
+            **generating,
+            "KV pool": slots * entries,
+            "logits": slots * (slot - entries - remembered),
+        },
         learning={
             **learning,
             "boundary states": way.device_bytes,
@@ -283,6 +304,20 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
             **_streamed_from(shape, work),
         },
     )
+
+
+def _llama_stream_bytes(shape: Shape, longest: int) -> tuple[int, int]:
+    """A stream of llama.cpp's cache, and that with what else a sequence needs."""
+    cells = -(-longest // LLAMA_CELLS) * LLAMA_CELLS
+    stream = 2 * shape.layers * shape.kv_heads * shape.head_size * cells * LLAMA_CACHE_BYTES
+    logits = 4 * FLOAT32_BYTES * shape.vocabulary  # its own, and what drawing a token takes
+    return stream, stream + logits
+
+
+def _llama_batch_bytes(shape: Shape) -> int:
+    """What llama.cpp's graph holds of a batch at a time: its widest states, and logits."""
+    states = 4 * shape.hidden + 3 * shape.intermediate + 2 * shape.heads * shape.head_size
+    return LLAMA_BATCH_TOKENS * FLOAT32_BYTES * (states + shape.vocabulary)
 
 
 def _streamed_bytes(shape: Shape, storage_bytes: int, compute_bytes: int) -> int:

@@ -67,7 +67,11 @@ class Sampled:
             old_AT[torch.tensor(others, device=device), : others_BT.shape[1]] = others_BT
         return cls(
             correction=PRESETS[preset],
-            limit=recipe.loss.max_gap or usual_gap(dtype, quantised_sampler=recipe.model.weights == "host"),
+            limit=recipe.loss.max_gap
+            or usual_gap(
+                dtype,
+                quantised_sampler=recipe.model.weights == "host" or recipe.rollout.generator != "engine",
+            ),
             place_A=place_A,
             row_B=row_B.to(device),
             width=max(len(rollouts[i].response_ids) for i in learned),

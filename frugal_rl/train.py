@@ -29,7 +29,8 @@ from .errors import FrugalError, InputError
 from .evaluate import Score, evaluate
 from .generate.engine import Engine, room_for
 from .generate.eviction import Eviction
-from .generate.sample import StopText, Truncation
+from .generate.llamacpp import LlamaEngine, Twin
+from .generate.sample import Sampler, StopText, Truncation
 from .journal import Journal
 from .learn import Learner
 from .loss import ALGORITHMS, overlong_penalty
@@ -66,7 +67,7 @@ class Session:
     plan: Plan
     problems: ProblemSet
     policy: Policy
-    engine: Engine
+    engine: Sampler
     learner: Learner
     verifier: Verifier
 
@@ -158,14 +159,24 @@ def _check_room(files: ModelFiles, recipe: Recipe, longest_prompt: int) -> None:
         )
 
 
-def _engine(policy: Policy, recipe: Recipe, divided: Plan) -> Engine:
+def _engine(policy: Policy, recipe: Recipe, divided: Plan) -> Sampler:
     strings, compression = recipe.rollout.stop_strings, recipe.rollout.compression
+    stop_text = StopText(strings, policy.raw_text) if strings else None
+    kind = recipe.rollout.gguf_format
+    if kind is not None:
+        if compression is not None:
+            raise InputError(
+                'rollout.generator = "llama.cpp" evicts nothing from its cache: leave kv_budget out'
+            )
+        on_gpu = policy.decoder.device.type == "cuda"
+        twin = Twin(policy.weights, policy.files.config, kind, on_gpu=on_gpu)
+        return LlamaEngine(policy.decoder, twin, divided.slots, policy.stop_ids, stop_text)
     return Engine(
         policy.decoder,
         divided.slots,
         policy.stop_ids,
         divided.micro_tokens,
-        stop_text=StopText(strings, policy.raw_text) if strings else None,
+        stop_text=stop_text,
         eviction=Eviction(compression.method, compression.budget, compression.buffer)
         if compression
         else None,
@@ -213,6 +224,7 @@ def divide(
         reference=None if reference is None else Shape.from_config(reference.config),
         kv_entries=compression.entries if compression else None,
         eviction=compression.method if compression else None,
+        gguf=recipe.rollout.gguf_format,
     )
     return plan(Shape.from_config(files.config), work, budget)
 
@@ -267,7 +279,7 @@ def train(
 
 
 def _say_astray(recipe: Recipe, row: Mapping[str, Any], warned: int, report: Reporter) -> int:
-    """Compression that destroys what the answers need is said, at most every ten steps; the last step told."""
+    """Say that compression destroys what the answers need, at most every ten steps; the last step told."""
     compression, astray = recipe.rollout.compression, row.get("astray_share", 0.0)
     if compression is None or astray <= ASTRAY_MOST or (warned and row["step"] < warned + 10):
         return warned
@@ -468,7 +480,8 @@ def _finish(
         results |= {"export_lost": lost}
     else:
         patch = weights.patch(meta)
-    if form != "bf16":  # what was sampled is not what the patch makes of the checkpoint
+    engine = session.recipe.rollout.generator == "engine"
+    if form != "bf16" or not engine:  # what was sampled is not what the patch makes of the checkpoint
         exported = _exported(session, patch, report) if journal.step in accuracy else None
         results |= {"accuracy_exported": asdict(exported) if exported else None}
         patch = replace(patch, meta=meta)
@@ -494,7 +507,11 @@ def _finish(
 def _exported(session: Session, patch: Patch, report: Reporter) -> Score | None:
     """Score a run's patch on the checkpoint in its own format; None if that does not fit."""
     policy, device = session.policy, session.policy.decoder.device
-    recipe = replace(session.recipe, model=replace(session.recipe.model, weights="bf16"))
+    whole = session.recipe.model.weights == "bf16"
+    rollout = replace(session.recipe.rollout, generator="engine", gguf=None)
+    recipe = replace(session.recipe, model=replace(session.recipe.model, weights="bf16"), rollout=rollout)
+    if whole:  # llama.cpp sampled: the plan's slots and micro-batches do for the engine too
+        return _heldout(replace(session, engine=_engine(policy, recipe, session.plan)))
     try:
         divided = divide(
             session.files,

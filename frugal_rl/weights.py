@@ -32,7 +32,7 @@ torch.optim.SGD on a bf16 parameter would round the gradient to bf16 first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +102,8 @@ class Weights:
             compute_dtype = torch.float32 if self.device.type == "cpu" else self.storage_dtype
         self.compute_dtype = compute_dtype
         self.base_info = base
+        # told of every change: a sampler that holds a copy of its own
+        self.watchers: list[Callable[[Mapping[str, Changed]], None]] = []
         self._sampling = False
         self._stream: LayerStream | None = None
         self._present: tuple[int, list[Streamed]] | None = None
@@ -249,6 +251,8 @@ class Weights:
         self._leave()
         for name, entries in changed.items():
             self.held[name].write_(entries)
+        for watcher in self.watchers:
+            watcher(changed)
 
     def write_patch_(self, patch: Patch) -> None:
         """Lay a patch over the weights (resume, evaluation of base + patch). In place.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from frugal_rl.weights import Weights
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the models are too small for more
 
+needs_llama = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python: pip install '.[llama]'"
+)
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 VOCABULARY = 90
 

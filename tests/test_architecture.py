@@ -44,9 +44,29 @@ LEVELS = [
         "rewards.gym",
     ],
     ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes"],
-    ["doctor", "stream", "storage", "weights"],
+    [
+        "doctor",
+        "stream",
+        "storage",
+        "weights",
+        "gguf.formats",
+        "gguf.file",
+        "gguf.layout",
+        "gguf.vocab",
+        "gguf.write",
+        "gguf.change",
+    ],
     ["decoder"],
-    ["policy", "learn", "generate.cache", "generate.eviction", "generate.sample", "generate.engine"],
+    [
+        "policy",
+        "learn",
+        "generate.cache",
+        "generate.eviction",
+        "generate.sample",
+        "generate.engine",
+        "generate.llama_library",
+        "generate.llamacpp",
+    ],
     ["sampled", "update", "evaluate", "journal", "curation"],
     ["train"],
     ["cli_patch", "cli_reward", "cli"],
@@ -67,6 +87,7 @@ LIGHT = [
     "memory",
     "shapes",
     "journal",
+    "gguf.change",
 ]
 
 
@@ -74,7 +95,7 @@ def modules() -> dict[str, Path]:
     found = {}
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if name not in ("__init__", "__main__", "generate.__init__", "rewards.__init__"):
+        if name not in ("__init__", "__main__", "generate.__init__", "rewards.__init__", "gguf.__init__"):
             found[name] = path
     return found
 

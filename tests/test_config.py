@@ -259,7 +259,6 @@ def test_a_reward_that_is_not_there_is_refused_before_anything_is_loaded(kind, w
 @pytest.mark.parametrize(
     ("override", "only"),
     [
-        ("rollout.generator=llama.cpp", "engine"),
         ("learner.kind=adamw", "sgd"),
     ],
 )
@@ -504,3 +503,22 @@ def test_the_kv_cache_is_compressed_where_a_budget_is_given():
 def test_a_kv_cache_that_cannot_be_is_refused(overrides, expected):
     with pytest.raises(InputError, match=expected):
         read_recipe(SMALL, overrides)
+
+
+def test_llama_cpp_is_another_policy_than_the_learner_and_is_corrected():
+    recipe = config.read_recipe(SMALL, ["rollout.generator=llama.cpp"])
+    assert (recipe.rollout.gguf_format, config.correction_name(recipe)) == ("q8_0", "tis")
+    assert config.read_recipe(SMALL).rollout.gguf_format is None
+    message = refusal("rollout.generator=llama.cpp", "loss.correction=off")
+    assert '[rollout] generator = "llama.cpp"' in message
+    allowed = config.read_recipe(
+        SMALL, ["rollout.generator=llama.cpp", "loss.correction=off", "loss.uncorrected=true"]
+    )
+    assert config.correction_name(allowed) == "off"
+
+
+def test_keys_that_only_one_generator_has_are_refused_with_the_other():
+    assert "leave gguf out" in refusal("rollout.gguf=bf16")
+    message = refusal("rollout.generator=llama.cpp", "rollout.kv_budget=64")
+    assert "evicts nothing" in message
+    assert "q8_0" in refusal("rollout.generator=llama.cpp", "rollout.gguf=q4_0")

@@ -16,12 +16,14 @@ Source: top-p, arXiv 1904.09751; min-p, arXiv 2407.01082; their order is that of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ..rollout import Request, Rollout
 
 TRUNCATION_BLOCK_BYTES = 32 << 20  # one of the few copies of the logits that truncation needs at a time
 PARTIAL_TOKENS = 4  # tokens that may hold pieces of one character: UTF-8 has up to four bytes
@@ -38,6 +40,21 @@ class Truncation:
     @property
     def keeps_all(self) -> bool:
         return self.top_k is None and self.top_p is None and self.min_p is None
+
+
+class Sampler(Protocol):
+    """Who samples: at most `slots` sequences at a time; `generate` as Engine's."""
+
+    slots: int
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        max_tokens: int,
+        temperature: float,
+        truncation: Truncation = ...,
+    ) -> Iterator[tuple[int, Rollout]]: ...
 
 
 class Drawn(NamedTuple):
