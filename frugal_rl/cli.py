@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from .cli_export import export
 from .cli_patch import patch, print_result
 from .cli_reward import reward
 from .config import (
@@ -81,6 +82,7 @@ def cli() -> None:
 
 
 cli.add_command(patch)
+cli.add_command(export)
 cli.add_command(reward)
 
 

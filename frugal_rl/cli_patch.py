@@ -206,31 +206,10 @@ def merge(base: str, files: tuple[Path, ...], output: Path, force: bool) -> None
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def at_step(run: Path, step: int, output: Path, force: bool) -> None:
     """Write the patch of the policy that RUN had after a step."""
-    from . import checkpoint
-    from .journal import Journal
-    from .models import find_model
+    from .export import patch_at
 
     _refuse_existing(output, force)
-    journal, recipe = Journal.open(run)
-    steps = list(journal.replay(last=step))
-    if journal.step < step:
-        raise InputError(f"{run} has {journal.step} steps, not {step}")
-    files = find_model(recipe.model.name)
-    meta = {"recipe": recipe.to_toml(), "metrics": journal.metrics[-1]}
-    if recipe.model.weights == "int8":  # its steps are made for the dequantised base
-        import torch
-
-        from .models import load_tokenizer
-        from .policy import load_policy
-        from .weights import export
-
-        policy = load_policy(files, load_tokenizer(files), torch.device("cpu"), form="int8")
-        for one in steps:
-            policy.weights.write_patch_(one)
-        made, _ = export(policy.weights, files.folder, files.name, meta)
-    else:
-        made = checkpoint.merge(files.folder, steps, meta)
-        made = type(made)(made.tensors, checkpoint.base_info(files.folder, files.name), made.meta)
+    made = patch_at(run, step)
     click.echo(f"{output}: step {step}, {made.entries:,} entries, {made.save(output):,} bytes")
 
 

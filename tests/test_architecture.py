@@ -68,8 +68,8 @@ LEVELS = [
         "generate.llamacpp",
     ],
     ["sampled", "update", "evaluate", "journal", "curation"],
-    ["train"],
-    ["cli_patch", "cli_reward", "cli"],
+    ["export", "train"],
+    ["cli_export", "cli_patch", "cli_reward", "cli"],
 ]
 RANK = {name: (level, place) for level, names in enumerate(LEVELS) for place, name in enumerate(names)}
 # may be imported, and the command line started, without torch

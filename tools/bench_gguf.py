@@ -1,9 +1,9 @@
-"""llama.cpp as a generator: following a step beside reloading, and tokens a second.
+"""llama.cpp as a generator: the time to follow a step, beside reloading; tokens/s beside the engine.
 
-    python tools/bench_gguf.py sync      # a random Qwen2.5-0.5B shape, q8_0, 0.02 % of its entries change
-    python tools/bench_gguf.py tiny          # the embedded model: tokens/s of both, batch 1, 16, 64
-    python tools/bench_gguf.py shape         # the 0.5B shape: int8 (engine) and q8_0 (llama.cpp)
-    python tools/bench_gguf.py logits        # 50 steps of training, then logits beside torch's, 100 prompts
+    python tools/bench_gguf.py sync     # a random Qwen2.5-0.5B shape, q8_0, 0.02 % of its entries changed
+    python tools/bench_gguf.py tiny     # the embedded model: tokens/s of both, batch 1, 16, 64
+    python tools/bench_gguf.py shape    # the 0.5B shape: int8 (engine) and q8_0 (llama.cpp)
+    python tools/bench_gguf.py logits   # 50 steps of training, then logits beside torch's, 100 prompts
 
 Each prints one JSON object a line. --threads: of torch and llama.cpp [2].
 """
@@ -176,7 +176,7 @@ def shape() -> None:
 
 
 def logits(threads: int) -> None:
-    """The format: bf16 within 2e-2 of torch's float32, q8_0 a fresh conversion in every bit."""
+    """Logits beside torch's in float32, and whether every tensor is a fresh conversion's."""
     from frugal_rl.journal import Journal
     from frugal_rl.train import Reporter, open_session, train
 
