@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    from .patch import Patch
 
 
 def print_result(value: Any, as_json: bool, text: Callable[[], str]) -> None:
@@ -157,13 +160,19 @@ def merge(base: str, files: tuple[Path, ...], output: Path, force: bool) -> None
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def at_step(run: Path, step: int, output: Path, force: bool) -> None:
     """Write the patch of the policy that RUN had after a step."""
+    _refuse_existing(output, force)
+    made = policy_at(run, step)
+    click.echo(f"{output}: step {step}, {made.entries:,} entries, {made.save(output):,} bytes")
+
+
+def policy_at(run: Path, step: int) -> Patch:
+    """The patch, for the checkpoint, of the policy that a run had after a step. Raises InputError."""
     from . import checkpoint
     from .journal import Journal
     from .models import find_model
 
-    _refuse_existing(output, force)
     journal, recipe = Journal.open(run)
-    steps = list(journal.replay(last=step))
+    steps = list(journal.replay(last=step, keep=True))
     if journal.step < step:
         raise InputError(f"{run} has {journal.step} steps, not {step}")
     files = find_model(recipe.model.name)
@@ -178,11 +187,9 @@ def at_step(run: Path, step: int, output: Path, force: bool) -> None:
         policy = load_policy(files, load_tokenizer(files), torch.device("cpu"), form="int8")
         for one in steps:
             policy.weights.write_patch_(one)
-        made, _ = export(policy.weights, files.folder, files.name, meta)
-    else:
-        made = checkpoint.merge(files.folder, steps, meta)
-        made = type(made)(made.tensors, checkpoint.base_info(files.folder, files.name), made.meta)
-    click.echo(f"{output}: step {step}, {made.entries:,} entries, {made.save(output):,} bytes")
+        return export(policy.weights, files.folder, files.name, meta)[0]
+    made = checkpoint.merge(files.folder, steps, meta)
+    return type(made)(made.tensors, checkpoint.base_info(files.folder, files.name), made.meta)
 
 
 def _refuse_existing(output: Path, force: bool) -> None:

@@ -17,6 +17,9 @@ PACKAGE = Path(frugal_rl.__file__).parent
 LEVELS = [
     ["errors"],
     [
+        "spectrum",
+        "report.plots",
+        "report.page",
         "rewards.kinds",
         "rewards.sandbox",
         "generators",
@@ -40,13 +43,14 @@ LEVELS = [
         "rewards.custom",
         "rewards.verifiers",
     ],
-    ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes"],
+    ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes", "analysis"],
+    ["report.update"],
     ["doctor", "stream", "storage", "weights"],
     ["decoder"],
     ["policy", "learn", "generate.cache", "generate.eviction", "generate.sample", "generate.engine"],
     ["sampled", "update", "evaluate", "journal"],
     ["train"],
-    ["cli_patch", "cli_reward", "cli"],
+    ["cli_patch", "cli_analyse", "cli_reward", "cli"],
 ]
 RANK = {name: (level, place) for level, names in enumerate(LEVELS) for place, name in enumerate(names)}
 # may be imported, and the command line started, without torch
@@ -63,6 +67,8 @@ LIGHT = [
     "memory",
     "shapes",
     "journal",
+    "analysis",
+    "report.update",
 ]
 
 
@@ -70,7 +76,7 @@ def modules() -> dict[str, Path]:
     found = {}
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if name not in ("__init__", "__main__", "generate.__init__", "rewards.__init__"):
+        if name not in ("__init__", "__main__") and not name.endswith(".__init__"):
             found[name] = path
     return found
 
