@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from .cli_analyse import analyse
 from .cli_export import export
 from .cli_patch import patch, print_result
 from .cli_reward import reward
@@ -84,6 +85,7 @@ def cli() -> None:
 cli.add_command(patch)
 cli.add_command(export)
 cli.add_command(reward)
+cli.add_command(analyse)
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    pass
 
 
 def print_result(value: Any, as_json: bool, text: Callable[[], str]) -> None:

@@ -9,7 +9,8 @@ read as
     head (where no system message comes first), then each turn's text between two fixed pieces, then the cue
 
 and written down only if that gives the same text for several conversations; otherwise the Modelfile has no
-template, and the command says so. Differs: space around what is said stays, where a template trims it. Source: ollama/ollama docs/modelfile.md, docs/template.md.
+template, and the command says so. Differs: space around what is said stays, where a template trims it.
+Source: ollama/ollama docs/modelfile.md, docs/template.md.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def finished(run: Path, step: int | None) -> Finished:
 def patch_at(run: Path, step: int) -> Patch:
     """The patch of the policy that a run had after a step, for its checkpoint. Raises InputError."""
     journal, recipe = Journal.open(run)
-    steps = list(journal.replay(last=step))
+    steps = list(journal.replay(last=step, keep=True))
     if journal.step < step:
         raise InputError(f"{run} has {journal.step} steps, not {step}")
     files = find_model(recipe.model.name)

@@ -75,11 +75,11 @@ class Journal:
     def path(self, step: int) -> Path:
         return self.folder / "journal" / f"{step:08d}.safetensors"
 
-    def replay(self, last: int | None = None) -> Iterator[Patch]:
+    def replay(self, last: int | None = None, *, keep: bool = False) -> Iterator[Patch]:
         """The committed steps in order (up to step `last`); advances the counters.
 
-        A damaged last file is set aside, and `notes` says so; damage before it raises PatchError,
-        since the steps behind it cannot be trusted.
+        A damaged last file is set aside (left where it is with `keep`, for those who only read), and
+        `notes` says so; damage before it raises PatchError, since the steps behind it cannot be trusted.
         """
         paths = sorted((self.folder / "journal").glob("[0-9]*.safetensors"))
         for number, path in enumerate(paths[:last], start=1):
@@ -92,8 +92,9 @@ class Journal:
                 if path != paths[-1]:
                     raise
                 aside = path.with_suffix(".damaged")
-                os.replace(path, aside)
-                self.notes.append(f"set aside {aside}: {error}")
+                if not keep:
+                    os.replace(path, aside)
+                self.notes.append(f"left out: {error}" if keep else f"set aside {aside}: {error}")
                 return
             self._advance(patch.meta, data)
             yield patch

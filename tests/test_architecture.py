@@ -18,6 +18,9 @@ LEVELS = [
     ["errors"],
     ["values", "sources"],
     [
+        "spectrum",
+        "report.plots",
+        "report.page",
         "rewards.kinds",
         "rewards.sandbox",
         "generators",
@@ -43,7 +46,8 @@ LEVELS = [
         "rewards.verifiers",
         "rewards.gym",
     ],
-    ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes"],
+    ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes", "analysis"],
+    ["report.update"],
     [
         "doctor",
         "stream",
@@ -69,7 +73,7 @@ LEVELS = [
     ],
     ["sampled", "update", "evaluate", "journal", "curation"],
     ["export", "train"],
-    ["cli_export", "cli_patch", "cli_reward", "cli"],
+    ["cli_export", "cli_patch", "cli_analyse", "cli_reward", "cli"],
 ]
 RANK = {name: (level, place) for level, names in enumerate(LEVELS) for place, name in enumerate(names)}
 # may be imported, and the command line started, without torch
@@ -88,6 +92,8 @@ LIGHT = [
     "shapes",
     "journal",
     "gguf.change",
+    "analysis",
+    "report.update",
 ]
 
 
@@ -95,7 +101,7 @@ def modules() -> dict[str, Path]:
     found = {}
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if name not in ("__init__", "__main__", "generate.__init__", "rewards.__init__", "gguf.__init__"):
+        if name not in ("__init__", "__main__") and not name.endswith(".__init__"):
             found[name] = path
     return found
 
