@@ -130,6 +130,7 @@ def train(
         if recipe is not None or output is not None or force:
             raise InputError("--resume takes its recipe and folder from the run; leave the others out")
         journal, config = Journal.open(resume)
+        _check_resumable(config, resume)
         config = _changed_on_resume(config, changes)
     else:
         config = load_recipe(recipe or DEFAULT_RECIPE, changes)
@@ -158,11 +159,21 @@ def _run(config: Recipe, journal: Any, *, resumed: bool, force: bool) -> dict[st
             try:
                 return loop.train(session, journal, report, stopped)
             except (OSError, FrugalError, KeyboardInterrupt):
+                further = f"; go on with: frugal-rl train --resume {journal.folder}"
+                plain = config.learner.kind == "sgd"
                 console.say(
-                    f"{journal.folder} is complete up to step {journal.step}; "
-                    f"go on with: frugal-rl train --resume {journal.folder}"
+                    f"{journal.folder} is complete up to step {journal.step}{further if plain else ''}"
                 )
                 raise
+
+
+def _check_resumable(config: Recipe, folder: Path) -> None:
+    kind = config.learner.kind
+    if kind != "sgd":
+        raise InputError(
+            f"{folder} trains with learner.kind = {kind!r}, whose state is not in the journal: it cannot go "
+            f"on, only plain SGD's can. Begin anew: frugal-rl train --recipe {folder / 'recipe.toml'} -o NEW"
+        )
 
 
 def _changed_on_resume(config: Recipe, changes: Sequence[str]) -> Recipe:
@@ -219,6 +230,8 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
         score, lost = summary["accuracy_exported"], summary.get("export_lost")
         share_lost = (lost or 0) / max(1, entries)
         exact = "exact" if lost is None else f"{lost:,} changed entries ({share_lost:.2%}) lost to rounding"
+        if "merge_lost" in summary:
+            exact = f"merging rounds away {summary['merge_lost']:.1%} of the adapters' update (norm)"
         lines.append(
             f"exported           checkpoint + patch: {interval(score) if score else 'not measured'}; {exact}"
         )
@@ -230,8 +243,10 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
         f"{summary['changed_1e5']:,} by more than 1e-5",
         f"patch              {summary['patch']}, {summary['patch_bytes']:,} bytes{each}",
     ]
+    if "adapter_bytes" in summary:
+        lines.append(f"adapter            {folder / 'adapter'}, {summary['adapter_bytes']:,} bytes (peft)")
     best = summary["best"]
-    if 0 < best["step"] < summary["steps"]:
+    if 0 < best["step"] < summary["steps"] and "adapter_bytes" not in summary:
         lines.append(
             f"best evaluation    step {best['step']}, {best['accuracy']['value']:.1%}: "
             f"frugal-rl patch at {folder} --step {best['step']} -o best.safetensors"
@@ -241,7 +256,7 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
             *lines,
             f"apply it           frugal-rl patch apply {summary['model']} {summary['patch']} -o trained",
             f"evaluate it        frugal-rl eval --patch {summary['patch']}",
-            f"go on              {go_on}",
+            *([f"go on              {go_on}"] if summary["kind"] == "sgd" else []),
         ]
     )
 

@@ -163,6 +163,11 @@ def at_step(run: Path, step: int, output: Path, force: bool) -> None:
 
     _refuse_existing(output, force)
     journal, recipe = Journal.open(run)
+    if recipe.learner.kind == "lora":
+        raise InputError(
+            f"{run} trained adapters, and only the last step's are kept: {run / 'adapter'}, and merged "
+            f"{run / 'patch.safetensors'}"
+        )
     steps = list(journal.replay(last=step))
     if journal.step < step:
         raise InputError(f"{run} has {journal.step} steps, not {step}")

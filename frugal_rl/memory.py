@@ -83,6 +83,13 @@ class Shape:
         return self.layers * layer + self.vocabulary * (1 if self.tied else 2)
 
     @property
+    def linear_ends(self) -> int:
+        """In and out features of all matrices of the layers: entries of adapters of rank 1."""
+        heads = self.heads * self.head_size
+        attention = 2 * (self.hidden + heads) + 2 * (self.hidden + self.kv_heads * self.head_size)
+        return self.layers * (attention + 3 * (self.hidden + self.intermediate))
+
+    @property
     def parameters(self) -> int:
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + embeddings
@@ -117,6 +124,8 @@ class Work:
     `reference`: another model that scores the rollouts, streamed from the host. `kv_entries`: of a slot,
     where `eviction` holds it to so many.
 
+    `optimizer_bytes` are held in both phases, and `gradient_bytes` while learning, by what is not plain SGD.
+
     What is streamed comes from the system's page cache, which is not counted where it has no memory apart.
     """
 
@@ -131,6 +140,8 @@ class Work:
     reference: Shape | None = None
     kv_entries: int | None = None
     eviction: str | None = None
+    optimizer_bytes: int = 0
+    gradient_bytes: int = 0
 
     @property
     def longest(self) -> int:
@@ -240,6 +251,9 @@ def lay_out(shape: Shape, work: Work, budget_bytes: int) -> Plan:
         theirs = _streamed_bytes(work.reference, work.storage_bytes, compute)
         own = learning["layer copies"] + learning["step's changes"] + gradients
         learning["reference's layers"] = max(0, theirs - own)
+    if work.optimizer_bytes:
+        generating["optimizer"] = learning["optimizer"] = work.optimizer_bytes
+        learning["gradients"] = work.gradient_bytes
     fixed = sum(learning.values())
     smallest = fixed + max(head, gradients + work.longest * token)
     weights_on_host = shape.parameters * work.storage_bytes if form.host else 0

@@ -21,15 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from .arms import DENSE, RANK, extra_bytes
+from .baselines import Dense, require
 from .config import Recipe
 from .decoder import check_supported, longest_sequence
 from .errors import FrugalError, InputError
-from .evaluate import Score, evaluate
+from .evaluate import Evaluation, Score, evaluate
 from .generate.engine import Engine, room_for
 from .generate.eviction import Eviction
 from .generate.sample import StopText, Truncation
 from .journal import Journal
 from .learn import Learner
+from .lora import Adapters, make_baseline
 from .loss import ALGORITHMS, overlong_penalty
 from .memory import Plan, Shape, Work, host_bytes, peak_resident_bytes, plan, return_large_blocks
 from .models import ModelFiles, find_model, load_config, load_tokenizer
@@ -67,6 +70,13 @@ class Session:
     engine: Engine
     learner: Learner
     verifier: Verifier
+    baseline: Dense | Adapters | None = None
+
+    def changed_counts(self) -> tuple[int, int]:
+        """Entries of the checkpoint that training changed, or that its adapters would once merged."""
+        if isinstance(self.baseline, Adapters):
+            return self.baseline.changed_counts(self.files.folder)
+        return self.policy.weights.changed_counts()
 
 
 @contextmanager
@@ -99,7 +109,20 @@ def open_session(
         on_error=recipe.reward.on_error,
     ) as verifier:
         problems = _drop_bad_golds(problems, verifier, report)
-        policy = load_policy(files, tokenizer, device, form=recipe.model.weights)
+        kind = recipe.learner.kind if training else "sgd"
+        require(kind)
+        form = recipe.model.weights
+        policy = load_policy(files, tokenizer, device, form=form, whole=kind in DENSE)
+        baseline = make_baseline(
+            kind,
+            policy.decoder,
+            lr=recipe.learner.lr,
+            clip=recipe.learner.clip,
+            momentum=recipe.learner.momentum,
+            rank=recipe.learner.rank,
+            alpha=recipe.learner.alpha,
+            seed=recipe.train.seed,
+        )
         yield Session(
             recipe=recipe,
             files=files,
@@ -116,8 +139,10 @@ def open_session(
                 boundary_every=divided.boundary_every,
                 boundary_on_host=divided.boundary_on_host,
                 reference=_reference(reference, recipe, policy, divided) if reference else None,
+                baseline=baseline,
             ),
             verifier=verifier,
+            baseline=baseline,
         )
 
 
@@ -187,7 +212,9 @@ def divide(
     else:
         budget -= taken_bytes
     quantised = recipe.model.weights == "int8"
-    storage = files.storage_bytes()
+    storage, shape, learner = files.storage_bytes(), Shape.from_config(files.config), recipe.learner
+    adapters = shape.linear_ends * (learner.rank or RANK)
+    optimizer, gradients = extra_bytes(learner.kind, shape.parameters, storage, adapters)
     compression = recipe.rollout.compression
     work = Work(
         sequences=recipe.rollout.prompts * recipe.rollout.samples,
@@ -201,8 +228,10 @@ def divide(
         reference=None if reference is None else Shape.from_config(reference.config),
         kv_entries=compression.entries if compression else None,
         eviction=compression.method if compression else None,
+        optimizer_bytes=optimizer,
+        gradient_bytes=gradients,
     )
-    return plan(Shape.from_config(files.config), work, budget)
+    return plan(shape, work, budget)
 
 
 def _drop_bad_golds(problems: ProblemSet, verifier: Verifier, report: Reporter) -> ProblemSet:
@@ -305,7 +334,7 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
     commit = learned.commit if learned else None
     changed = commit.changed if commit else {}
     weights = session.policy.weights
-    any_bit, moved = weights.changed_counts()
+    any_bit, moved = session.changed_counts()
     rollouts = [r for g in groups for r in g.rollouts]
     lengths = [len(r.response_ids) for r in rollouts]
     verdicts = Counter(j.verdict.value for g in groups for j in g.judgements)
@@ -328,7 +357,7 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
         "clip_scale": commit.scale if commit else None,
         "dropped": commit.dropped if commit else None,
         "updates": 0,
-        "changed_step": sum(len(c.position_N) for c in changed.values()),
+        "changed_step": commit.entries if commit else 0,
         "changed_any": any_bit,
         "changed_1e5": moved,
         **(learned.stats if learned else {}),
@@ -422,8 +451,8 @@ def _paid(recipe: Recipe, rollout: Rollout, judgement: Judgement) -> float:
 # --- before and after
 
 
-def _heldout(session: Session) -> Score:
-    """Greedy accuracy on the held-out problems."""
+def _heldout(session: Session) -> Evaluation:
+    """One greedy answer to each held-out problem."""
     return evaluate(
         session.policy,
         session.engine,
@@ -431,14 +460,14 @@ def _heldout(session: Session) -> Score:
         session.problems.heldout,
         max_tokens=session.recipe.rollout.max_tokens,
         seed=session.recipe.train.seed,
-    ).score
+    )
 
 
 def _validate(session: Session, journal: Journal, step: int) -> Score:
     """`_heldout`, noted in the run folder."""
-    score = _heldout(session)
-    journal.validate(step, asdict(score))
-    return score
+    found = _heldout(session)
+    journal.validate(step, asdict(found.score), found.correct)
+    return found.score
 
 
 def _finish(
@@ -450,7 +479,7 @@ def _finish(
     """
     accuracy = {row["step"]: row["accuracy"] for row in journal.validations}
     weights = session.policy.weights
-    any_bit, moved = weights.changed_counts()
+    any_bit, moved = session.changed_counts()
     device = session.policy.decoder.device
     results: dict[str, Any] = {
         "steps": journal.step,
@@ -463,27 +492,38 @@ def _finish(
     }
     # the patch is a function of the recipe alone: no times, so that two equal runs are equal files
     meta = {"recipe": session.recipe.to_toml(), "metrics": results}
-    form = session.recipe.model.weights
-    if form == "int8":
+    form, adapters = session.recipe.model.weights, isinstance(session.baseline, Adapters)
+    if isinstance(session.baseline, Adapters):
+        patch, merge_lost = session.baseline.patch(session.files.folder, session.files.name, meta)
+        adapter_bytes = session.baseline.save(journal.folder / "adapter", session.recipe.model.name)
+        results |= {"adapter_bytes": adapter_bytes, "merge_lost": merge_lost}
+    elif form == "int8":
         patch, lost = export(weights, session.files.folder, session.files.name, meta)
         results |= {"export_lost": lost}
     else:
         patch = weights.patch(meta)
-    if form != "bf16":  # what was sampled is not what the patch makes of the checkpoint
+    correct = ""
+    if form != "bf16" or adapters:  # what was sampled is not what the patch makes of the checkpoint
         exported = _exported(session, patch, report) if journal.step in accuracy else None
-        results |= {"accuracy_exported": asdict(exported) if exported else None}
+        results |= {"accuracy_exported": asdict(exported.score) if exported else None}
+        correct = exported.correct if exported else ""
         patch = replace(patch, meta=meta)
     patch_bytes = patch.save(journal.folder / "patch.safetensors")
     summary = {
         **results,
+        **({"exported_correct": correct} if correct else {}),
         "best": journal.best(),
         "model": session.files.name,
+        "kind": session.recipe.learner.kind,
         "recipe_steps": session.recipe.train.steps,
         "patch": str(journal.folder / "patch.safetensors"),
         "patch_bytes": patch_bytes,
         "train_seconds": train_s,
         "session_seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory_bytes(device),
+        "held_bytes": session.policy.held_bytes,
+        "weights_bytes": weights.nbytes,
+        "optimizer_bytes": session.baseline.nbytes if session.baseline else 0,
         "planned_memory_bytes": session.plan.peak_bytes + session.policy.held_bytes,
         "plan": session.plan.as_json(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -492,8 +532,8 @@ def _finish(
     return summary
 
 
-def _exported(session: Session, patch: Patch, report: Reporter) -> Score | None:
-    """Score a run's patch on the checkpoint in its own format; None if that does not fit."""
+def _exported(session: Session, patch: Patch, report: Reporter) -> Evaluation | None:
+    """Evaluate a run's patch on the checkpoint in its own format; None if that does not fit."""
     policy, device = session.policy, session.policy.decoder.device
     recipe = replace(session.recipe, model=replace(session.recipe.model, weights="bf16"))
     try:

@@ -188,6 +188,7 @@ def together(steps: Sequence[Step]) -> Step:
         scale=_mean([s.commit.scale for s in counted]),
         changed=composed([s.commit.changed for s in done]),
         dropped=why,
+        adapted=max(s.commit.adapted for s in steps),
     )
     return Step(
         commit=commit,

@@ -260,7 +260,6 @@ def test_a_reward_that_is_not_there_is_refused_before_anything_is_loaded(kind, w
     ("override", "only"),
     [
         ("rollout.generator=llama.cpp", "engine"),
-        ("learner.kind=adamw", "sgd"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name_with_what_is(override, only):
