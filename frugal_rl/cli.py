@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from .cli_compare import compare
 from .cli_patch import patch, print_result
 from .cli_reward import reward
 from .config import (
@@ -77,6 +78,7 @@ def cli() -> None:
     """
 
 
+cli.add_command(compare)
 cli.add_command(patch)
 cli.add_command(reward)
 

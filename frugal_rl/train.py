@@ -521,7 +521,6 @@ def _finish(
         "train_seconds": train_s,
         "session_seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory_bytes(device),
-        "held_bytes": session.policy.held_bytes,
         "weights_bytes": weights.nbytes,
         "optimizer_bytes": session.baseline.nbytes if session.baseline else 0,
         "planned_memory_bytes": session.plan.peak_bytes + session.policy.held_bytes,

@@ -48,7 +48,8 @@ LEVELS = [
     ["baselines", "lora"],
     ["sampled", "update", "evaluate", "journal"],
     ["train"],
-    ["cli_patch", "cli_reward", "cli"],
+    ["paired", "compare", "compare_table"],
+    ["cli_patch", "cli_reward", "cli_compare", "cli"],
 ]
 RANK = {name: (level, place) for level, names in enumerate(LEVELS) for place, name in enumerate(names)}
 # may be imported, and the command line started, without torch
