@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,8 @@ def compare(
     failed: dict[str, str] = {}
     interrupted = False
     try:
-        failed = comparing.run_all(study, say)
+        with _stoppable():
+            comparing.run_all(study, say, failed)
     except KeyboardInterrupt:
         interrupted = True
     found = comparing.results(study, failed)
@@ -68,6 +72,18 @@ def compare(
         raise FrugalError(
             f"{len(failed)} runs failed: {', '.join(failed)}; the same command tries them again"
         )
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM are a KeyboardInterrupt here and in the runs, also where the shell ignores them."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _hidden(name: str) -> int:

@@ -177,12 +177,16 @@ def _read_grid(text: str, names: Sequence[str]) -> tuple[str, tuple[float, ...]]
     return name, rates
 
 
-def run_all(study: Study, say: Say) -> dict[str, str]:
-    """Run what is not finished yet. Returns why runs failed, by their folder.
+def run_all(study: Study, say: Say, failed: dict[str, str]) -> None:
+    """Run what is not finished yet. Why a run failed goes to `failed`, by its folder.
 
-    A KeyboardInterrupt stops the present run after its step, and goes on up.
+    A KeyboardInterrupt stops the present run after its step, and goes on up. Raises InputError before
+    anything runs where a folder is of another recipe.
     """
-    failed: dict[str, str] = {}
+    for arm in study.arms:
+        for lr in study.grids[arm.name]:
+            for seed in study.seeds:
+                study.run(arm, lr, seed).finished  # noqa: B018 (refuses here)
     total = len(study.arms) * (len(study.grids[study.arms[0].name]) + len(study.seeds) - 1)
     done = 0
 
@@ -212,7 +216,6 @@ def run_all(study: Study, say: Say) -> dict[str, str]:
                 done += 1
             else:
                 one(study.run(arm, best, seed))
-    return failed
 
 
 def best_rate(study: Study, arm: Arm) -> float | None:
