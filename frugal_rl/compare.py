@@ -103,9 +103,9 @@ class Run:
 
     def reward(self) -> float:
         """Mean training reward over the second half of the steps; minus infinity if it did not finish."""
-        rows = self.metrics()
+        rows = self.metrics() if self.finished else []
         late = [row["reward"] for row in rows[len(rows) // 2 :]]
-        return sum(late) / len(late) if late and self.finished else float("-inf")
+        return sum(late) / len(late) if late else float("-inf")
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.folder / "metrics.jsonl")
@@ -136,6 +136,8 @@ def make_study(
         key = override.partition("=")[0].strip()
         if key in FIXED:
             raise InputError(f"--set {override}: a comparison sets {key} itself (--arms, --lr-grid, --seeds)")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: name a folder with -o")
     parsed = [Arm.parse(text) for text in arms]
     names = [arm.name for arm in parsed]
     if len(set(names)) != len(names) or len(names) < 2:

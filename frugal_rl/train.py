@@ -260,6 +260,7 @@ def train(
     `stopped` is asked after every step: True ends the run there, with everything saved.
     """
     recipe, began = session.recipe, time.perf_counter()
+    dense = recipe.learner.kind in DENSE
     if not journal.step:  # the micro-batches of a run that goes on have been through whole steps
         preflight(
             session.learner,
@@ -277,7 +278,8 @@ def train(
         row = _step(session, journal, step, report)
         train_s += row["seconds"]
         report.step(row)
-        still = still + 1 if row["signal_groups"] and not row["changed_step"] else 0
+        hidden = dense and row["gradient_norm"]  # a step may be in the masters and not yet in the weights
+        still = still + 1 if row["signal_groups"] and not row["changed_step"] and not hidden else 0
         if still:
             _say_still(session, still, row, report)
         if not row["signal_groups"] and not silent:

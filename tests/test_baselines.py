@@ -315,3 +315,14 @@ def test_the_plan_counts_what_each_kind_holds_and_plain_sgd_holds_nothing(tiny_f
     assert extra_bytes("adamw", parameters, 4, 7) == (8 * parameters, 4 * parameters)  # its own master
     assert extra_bytes("adamw8bit", parameters, 2, 7) == (6 * parameters, 4 * parameters)
     assert extra_bytes("lora", parameters, 2, 7) == (84, 28)
+
+
+@pytest.mark.parametrize("kind,ends", [("sgd", True), ("adamw", False)])
+def test_steps_that_only_the_masters_see_do_not_end_a_run(kind: str, ends: bool, tmp_path: Path) -> None:
+    changes = [f"learner.kind={kind}", "learner.lr=1e-12", "train.steps=4", "rollout.prompts=8"]
+    if ends:
+        with pytest.raises(FrugalError, match="changed nothing"):
+            run(tmp_path, *changes)
+        return
+    summary, _, _ = run(tmp_path, *changes)
+    assert (summary["steps"], summary["changed_any"]) == (4, 0)

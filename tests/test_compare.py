@@ -138,6 +138,12 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_is_no_folder_for_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        study_of(tmp_path / "file")
+
+
 # --- running
 
 
