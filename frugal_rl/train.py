@@ -41,7 +41,7 @@ from .policy import Policy, best_device, load_policy, load_reference
 from .problems import Problem, ProblemSet, draw, load_problems
 from .reward import Judgement, Verdict, Verifier
 from .rollout import Request, Rollout
-from .update import Group, learn_within_memory, preflight
+from .update import Group, learn_within_memory, make_learner, preflight, still_advice
 from .weights import export, step_patch
 
 TRAINING = 1  # first word of the random keys; evaluation has its own
@@ -130,32 +130,16 @@ def open_session(
             problems=problems,
             policy=policy,
             engine=_engine(policy, recipe, divided),
-            learner=Learner(
+            learner=make_learner(
                 policy.decoder,
-                lr=recipe.learner.lr,
-                clip=recipe.learner.clip,
-                temperature=recipe.rollout.temperature,
-                micro_tokens=divided.micro_tokens,
-                boundary_every=divided.boundary_every,
-                boundary_on_host=divided.boundary_on_host,
-                reference=_reference(reference, recipe, policy, divided) if reference else None,
+                recipe,
+                divided,
+                reference=load_reference(reference, policy) if reference else None,
                 baseline=baseline,
             ),
             verifier=verifier,
             baseline=baseline,
         )
-
-
-def _reference(files: ModelFiles, recipe: Recipe, policy: Policy, divided: Plan) -> Learner:
-    """Another model that scores the policy's rollouts."""
-    return Learner(
-        load_reference(files, policy),
-        lr=recipe.learner.lr,
-        clip=None,
-        temperature=recipe.rollout.temperature,
-        micro_tokens=divided.micro_tokens,
-        boundary_on_host=divided.boundary_on_host,
-    )
 
 
 def _check_room(files: ModelFiles, recipe: Recipe, longest_prompt: int) -> None:
@@ -304,21 +288,7 @@ def train(
 
 def _say_still(session: Session, still: int, row: Mapping[str, Any], report: Reporter) -> None:
     """A run whose steps change nothing must say so at once."""
-    lr, dtype = session.recipe.learner.lr, session.policy.weights.storage_dtype
-    if row.get("rejected_share") == 1.0:
-        advice = (
-            "the correction rejected every response, so nothing was learned: the sampler's policy is too far "
-            f"from the learner's (5 % of tokens have a ratio below {row['xi_p05']:.2g}): compress less"
-        )
-    elif row["dropped"]:
-        advice = f"the step was dropped, the weights are as they were: {row['dropped']}"
-    else:
-        advice = (
-            f"no weight changed: learner.lr = {lr:g} is too small for {str(dtype).removeprefix('torch.')} "
-            f"weights at a gradient norm of {row['gradient_norm']:.2g} (an update below half a unit in the "
-            f"last place is rounded away). Plain SGD needs about 0.1 for LLMs, 1e-6 is an Adam habit: try "
-            f"--set learner.lr={lr * 10:g}"
-        )
+    advice = still_advice(row, session.recipe.learner.lr, session.policy.weights.storage_dtype)
     report.say(advice)
     if still == STILL_STEPS:
         raise FrugalError(f"{STILL_STEPS} steps in a row changed nothing. Last: {advice}")
