@@ -33,6 +33,11 @@ STATE_BYTES = {"sgd-momentum": 4.0, "adamw": 8.0, "adamw8bit": 2.0}  # an entry
 MASTER_BYTES = GRADIENT_BYTES = 4
 
 
+def forms_of(kind: str) -> tuple[str, ...]:
+    """The forms of weights (memory.FORMS) that a kind can be trained on."""
+    return ("bf16",) if kind in DENSE else ("bf16", "int8") if kind == "lora" else ("bf16", "int8", "host")
+
+
 def check_learner(
     kind: str, weights: str, momentum: float | None, rank: int | None, alpha: float | None, where: str
 ) -> None:
@@ -45,12 +50,11 @@ def check_learner(
     ):
         if value is not None and kind != owner:
             raise InputError(f'{at} with {key} = {value:g}, which is for kind = "{owner}"; leave {key} out')
-    forms = ("bf16",) if kind in DENSE else ("bf16", "int8") if kind == "lora" else (weights,)
-    if weights not in forms:
+    if weights not in forms_of(kind):
         why = "a step of it changes every entry" if kind in DENSE else "its adapters are not streamed"
         raise InputError(
             f'{at} with [model] weights = "{weights}": {why}; expected weights = '
-            + " or ".join(f'"{form}"' for form in forms)
+            + " or ".join(f'"{form}"' for form in forms_of(kind))
         )
 
 

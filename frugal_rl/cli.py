@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from .arms import forms_of
 from .cli_compare import compare
 from .cli_patch import patch, print_result
 from .cli_reward import reward
@@ -320,7 +321,9 @@ def plan_command(
         kv_entries=compression.entries if compression else None,
         eviction=compression.method if compression else None,
     )
-    works = {name: replace(work, form=name) for name in planner.FORMS}
+    kind = config.learner.kind
+    work = planner.with_learner(work, shape, kind, config.learner.rank)
+    works = {name: replace(work, form=name) for name in planner.FORMS if name in forms_of(kind)}
     plans = {form: planner.lay_out(shape, w, budget) for form, w in works.items()}
     would = {
         form: None if p.fits else planner.what_would(shape, works[form], budget) for form, p in plans.items()

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .arms import RANK, extra_bytes
 from .console import size
 from .errors import InputError
 
@@ -192,6 +193,13 @@ class Plan:
         """Every field and sum."""
         sums = ("fits", "generating_bytes", "learning_bytes", "host_bytes", "peak_bytes")
         return {**asdict(self), **{name: getattr(self, name) for name in sums}}
+
+
+def with_learner(work: Work, shape: Shape, kind: str, rank: int | None) -> Work:
+    """And what a learner.kind holds besides the weights."""
+    adapters = shape.linear_ends * (rank or RANK)
+    held, learning = extra_bytes(kind, shape.parameters, work.storage_bytes, adapters)
+    return replace(work, optimizer_bytes=held, gradient_bytes=learning)
 
 
 def plan(shape: Shape, work: Work, budget_bytes: int) -> Plan:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .arms import DENSE, RANK, extra_bytes
+from .arms import DENSE
 from .baselines import Dense, require
 from .config import Recipe
 from .decoder import check_supported, longest_sequence
@@ -34,7 +34,16 @@ from .journal import Journal
 from .learn import Learner
 from .lora import Adapters, make_baseline
 from .loss import ALGORITHMS, overlong_penalty
-from .memory import Plan, Shape, Work, host_bytes, peak_resident_bytes, plan, return_large_blocks
+from .memory import (
+    Plan,
+    Shape,
+    Work,
+    host_bytes,
+    peak_resident_bytes,
+    plan,
+    return_large_blocks,
+    with_learner,
+)
 from .models import ModelFiles, find_model, load_config, load_tokenizer
 from .patch import Patch
 from .policy import Policy, best_device, load_policy, load_reference
@@ -196,9 +205,7 @@ def divide(
     else:
         budget -= taken_bytes
     quantised = recipe.model.weights == "int8"
-    storage, shape, learner = files.storage_bytes(), Shape.from_config(files.config), recipe.learner
-    adapters = shape.linear_ends * (learner.rank or RANK)
-    optimizer, gradients = extra_bytes(learner.kind, shape.parameters, storage, adapters)
+    storage, shape = files.storage_bytes(), Shape.from_config(files.config)
     compression = recipe.rollout.compression
     work = Work(
         sequences=recipe.rollout.prompts * recipe.rollout.samples,
@@ -212,10 +219,8 @@ def divide(
         reference=None if reference is None else Shape.from_config(reference.config),
         kv_entries=compression.entries if compression else None,
         eviction=compression.method if compression else None,
-        optimizer_bytes=optimizer,
-        gradient_bytes=gradients,
     )
-    return plan(shape, work, budget)
+    return plan(shape, with_learner(work, shape, recipe.learner.kind, recipe.learner.rank), budget)
 
 
 def _drop_bad_golds(problems: ProblemSet, verifier: Verifier, report: Reporter) -> ProblemSet:

@@ -55,7 +55,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from frugal_rl.arms import Arm, extra_bytes
+from frugal_rl.arms import Arm
 from frugal_rl.config import parse_bytes
 from frugal_rl.console import size
 from frugal_rl.memory import (
@@ -66,6 +66,7 @@ from frugal_rl.memory import (
     plan,
     return_free_memory,
     return_large_blocks,
+    with_learner,
 )
 
 QWEN_05B = {
@@ -110,8 +111,7 @@ def arm_of(name: str) -> Arm:
 def make_plan(arm: Arm, sequences: int, tokens: int, budget_bytes: int) -> Plan:
     """The plan that `train` would make on a CPU."""
     shape = Shape.from_config(QWEN_05B)
-    adapters = shape.linear_ends * int(arm.number or 0)
-    optimizer, gradients = extra_bytes(arm.kind, shape.parameters, 2, adapters)
+    rank = int(arm.number or 1) if arm.kind == "lora" else None
     work = Work(
         sequences=sequences,
         prompt_tokens=tokens // 4,
@@ -120,10 +120,8 @@ def make_plan(arm: Arm, sequences: int, tokens: int, budget_bytes: int) -> Plan:
         compute_bytes=4,
         has_host=False,
         form=arm.weights,
-        optimizer_bytes=optimizer,
-        gradient_bytes=gradients,
     )
-    return plan(shape, work, budget_bytes)
+    return plan(shape, with_learner(work, shape, arm.kind, rank), budget_bytes)
 
 
 def write_checkpoint(folder: Path) -> None:
