@@ -18,7 +18,9 @@ from typing import Any
 
 import click
 
+from .arms import forms_of
 from .cli_analyse import analyse
+from .cli_compare import compare
 from .cli_export import export
 from .cli_patch import patch, print_result
 from .cli_reward import reward
@@ -82,6 +84,7 @@ def cli() -> None:
     """
 
 
+cli.add_command(compare)
 cli.add_command(patch)
 cli.add_command(export)
 cli.add_command(reward)
@@ -143,6 +146,7 @@ def train(
         if recipe is not None or output is not None or force:
             raise InputError("--resume takes its recipe and folder from the run; leave the others out")
         journal, config = Journal.open(resume)
+        _check_resumable(config, resume)
         config = _changed_on_resume(config, changes)
     else:
         config = load_recipe(recipe or DEFAULT_RECIPE, changes)
@@ -177,11 +181,21 @@ def _run(config: Recipe, journal: Any, *, resumed: bool, force: bool) -> dict[st
             try:
                 return loop.train(session, journal, report, stopped)
             except (OSError, FrugalError, KeyboardInterrupt):
+                further = f"; go on with: frugal-rl train --resume {journal.folder}"
+                plain = config.learner.kind == "sgd"
                 console.say(
-                    f"{journal.folder} is complete up to step {journal.step}; "
-                    f"go on with: frugal-rl train --resume {journal.folder}"
+                    f"{journal.folder} is complete up to step {journal.step}{further if plain else ''}"
                 )
                 raise
+
+
+def _check_resumable(config: Recipe, folder: Path) -> None:
+    kind = config.learner.kind
+    if kind != "sgd":
+        raise InputError(
+            f"{folder} trains with learner.kind = {kind!r}, whose state is not in the journal: it cannot go "
+            f"on, only plain SGD's can. Begin anew: frugal-rl train --recipe {folder / 'recipe.toml'} -o NEW"
+        )
 
 
 def _changed_on_resume(config: Recipe, changes: Sequence[str]) -> Recipe:
@@ -238,6 +252,8 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
         score, lost = summary["accuracy_exported"], summary.get("export_lost")
         share_lost = (lost or 0) / max(1, entries)
         exact = "exact" if lost is None else f"{lost:,} changed entries ({share_lost:.2%}) lost to rounding"
+        if "merge_lost" in summary:
+            exact = f"merging rounds away {summary['merge_lost']:.1%} of the adapters' update (norm)"
         lines.append(
             f"exported           checkpoint + patch: {interval(score) if score else 'not measured'}; {exact}"
         )
@@ -249,8 +265,10 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
         f"{summary['changed_1e5']:,} by more than 1e-5",
         f"patch              {summary['patch']}, {summary['patch_bytes']:,} bytes{each}",
     ]
+    if "adapter_bytes" in summary:
+        lines.append(f"adapter            {folder / 'adapter'}, {summary['adapter_bytes']:,} bytes (peft)")
     best = summary["best"]
-    if 0 < best["step"] < summary["steps"]:
+    if 0 < best["step"] < summary["steps"] and "adapter_bytes" not in summary:
         lines.append(
             f"best evaluation    step {best['step']}, {best['accuracy']['value']:.1%}: "
             f"frugal-rl patch at {folder} --step {best['step']} -o best.safetensors"
@@ -260,7 +278,7 @@ def _closing(summary: dict[str, Any], folder: Path) -> str:
             *lines,
             f"apply it           frugal-rl patch apply {summary['model']} {summary['patch']} -o trained",
             f"evaluate it        frugal-rl eval --patch {summary['patch']}",
-            f"go on              {go_on}",
+            *([f"go on              {go_on}"] if summary["kind"] == "sgd" else []),
         ]
     )
 
@@ -322,7 +340,9 @@ def plan_command(
         kv_entries=compression.entries if compression else None,
         eviction=compression.method if compression else None,
     )
-    works = {name: replace(work, form=name) for name in planner.FORMS}
+    kind = config.learner.kind
+    work = planner.with_learner(work, shape, kind, config.learner.rank)
+    works = {name: replace(work, form=name) for name in planner.FORMS if name in forms_of(kind)}
     plans = {form: planner.lay_out(shape, w, budget) for form, w in works.items()}
     would = {
         form: None if p.fits else planner.what_would(shape, works[form], budget) for form, p in plans.items()

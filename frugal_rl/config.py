@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
+from frugal_rl.arms import check_learner
 from frugal_rl.errors import InputError
 from frugal_rl.rewards.kinds import read_kind
 from frugal_rl.sources import is_source
@@ -152,8 +153,11 @@ class Loss:
 @dataclass(frozen=True)
 class Learner:
     lr: Positive
-    kind: Literal["sgd"] = "sgd"
+    kind: Literal["sgd", "sgd-momentum", "adamw", "adamw8bit", "lora"] = "sgd"  # the others: arms.py
     clip: Positive = 1.0  # of the global gradient norm
+    momentum: Annotated[float, Range(at_least=0, at_most=0.9999)] | None = None  # sgd-momentum's; absent: 0.9
+    rank: Count | None = None  # of lora's adapters; absent: 16
+    alpha: Positive | None = None  # lora's updates are scaled by alpha / rank; absent: 32
     minibatches: Count = 1  # optimizer steps that a rollout batch is dealt to, each of whole groups
     epochs: Count = 1  # times that a rollout batch is gone through
 
@@ -443,6 +447,8 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
             "learner, and training on its rollouts as if they were the learner's own can collapse (arXiv "
             "2601.10079); leave correction out, or say uncorrected = true to train so all the same"
         )
+    learner = recipe.learner
+    check_learner(learner.kind, recipe.model.weights, learner.momentum, learner.rank, learner.alpha, where)
     if recipe.learner.minibatches > rollout.prompts:
         raise InputError(
             f"{where}: [learner] minibatches = {recipe.learner.minibatches} with [rollout] prompts = "
@@ -453,6 +459,11 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
         raise InputError(
             f'{where}: [rollout] gguf = {_show(rollout.gguf)} with generator = "engine", which has no copy '
             'of the weights; leave gguf out, or say generator = "llama.cpp"'
+        )
+    if rollout.generator == "llama.cpp" and learner.kind == "lora":
+        raise InputError(
+            f'{where}: [learner] kind = "lora" with generator = "llama.cpp", whose copy of the weights has '
+            'no adapters; say generator = "engine"'
         )
     if rollout.generator == "llama.cpp" and rollout.compression is not None:
         raise InputError(

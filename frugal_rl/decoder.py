@@ -276,16 +276,17 @@ class Decoder:
         normaliser_N: Tensor,
         gradient_N: Tensor,
         temperature: float,
-        take: Callable[[int, Tensor], None],
+        take: Callable[[int, Tensor], None] | None,
     ) -> Tensor:
-        """dL/dnormed [N, D]; calls `take(first_row, gradient_RD)` with dL/dW, block by block.
+        """dL/dnormed [N, D]; calls `take(first_row, gradient_RD)`, if given, with dL/dW, block by block.
 
         `normaliser_N` is log_probs' and `gradient_N` is dL/dlogprob.
         """
         out_ND = torch.zeros_like(normed_ND, dtype=torch.float32)
         for start, stop in self.head_blocks():
             weight_RD = self.weights.rows(self.head_name, start, stop)
-            block_RD = torch.zeros(weight_RD.shape, dtype=torch.float32, device=self.device)
+            learns = take is not None
+            block_RD = torch.zeros(weight_RD.shape if learns else 0, dtype=torch.float32, device=self.device)
             for part in self._token_chunks(len(target_N), stop - start):
                 logit_NR = (normed_ND[part] @ weight_RD.T).float().div_(temperature)
                 logit_NR.sub_(normaliser_N[part][:, None]).exp_()
@@ -295,8 +296,10 @@ class Decoder:
                 slope_NR[row_M, local_N[row_M]] += gradient_N[part][row_M]
                 slope_NR = slope_NR.div_(temperature).to(self.dtype)
                 _add_product_(out_ND[part], slope_NR, weight_RD)
-                _add_product_(block_RD, slope_NR.T, normed_ND[part])
-            take(start, block_RD)
+                if learns:
+                    _add_product_(block_RD, slope_NR.T, normed_ND[part])
+            if take is not None:
+                take(start, block_RD)
         return out_ND.to(normed_ND.dtype)
 
     def _token_chunks(self, count: int, rows: int) -> Iterator[slice]:

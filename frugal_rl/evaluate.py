@@ -60,6 +60,11 @@ class Evaluation:
     truncated: float
     answers: list[Answer] = field(repr=False)
 
+    @property
+    def correct(self) -> str:
+        """A 1 or a 0 for each answer, in the order of the problems: what paired comparisons need."""
+        return "".join(str(int(a.judgement.verdict is Verdict.CORRECT)) for a in self.answers)
+
 
 def evaluate(
     policy: Policy,

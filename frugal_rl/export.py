@@ -65,6 +65,11 @@ def finished(run: Path, step: int | None) -> Finished:
 def patch_at(run: Path, step: int) -> Patch:
     """The patch of the policy that a run had after a step, for its checkpoint. Raises InputError."""
     journal, recipe = Journal.open(run)
+    if recipe.learner.kind == "lora":
+        raise InputError(
+            f"{run} trained adapters, and only the last step's are kept: {run / 'adapter'}, and merged "
+            f"{run / 'patch.safetensors'}"
+        )
     steps = list(journal.replay(last=step, keep=True))
     if journal.step < step:
         raise InputError(f"{run} has {journal.step} steps, not {step}")

@@ -127,13 +127,11 @@ def _letters(draw: Draw, level: int) -> tuple[str, str]:
     return f'How many times does the letter "{letter}" occur in "{word}"?', str(word.count(letter))
 
 
-def _iterate(draw: Draw, level: int) -> tuple[str, str]:
-    x, a, b = draw.between(0, 99), draw.between(2, 9), draw.between(0, 9)
-    times = draw.between(4 * level, 4 * level + 8)
-    prompt = f"x={x}; {times} times x={a}x+{b} mod 10"
-    for _ in range(times):
-        x = (a * x + b) % 10
-    return prompt, str(x)
+def _rounds(draw: Draw, level: int) -> tuple[str, str]:
+    start, rounds = draw.between(0, 9), draw.between(level, level + 1)
+    digits = [draw.between(1, 9) for _ in range(5)]
+    added = "".join(f"{name}{digit}" for name, digit in zip("abcde", digits, strict=True))
+    return f"{start}; {rounds} rounds of {added}", str((start + rounds * sum(digits)) % 10)
 
 
 def _oldest(draw: Draw, level: int) -> tuple[str, str]:
@@ -156,6 +154,6 @@ GENERATORS: Final[dict[str, Generator]] = {
     "sort": Generator("numbers in ascending order", _sort, "exact"),
     "countdown": Generator("an expression with a given value", _countdown, "countdown"),
     "letters": Generator("how often a letter occurs in a word", _letters, "numeric"),
-    "iterate": Generator("a rule applied many times: short to ask, long to work", _iterate, "numeric"),
+    "rounds": Generator("five digits added in turn, round after round: the last digit", _rounds, "numeric"),
     "oldest": Generator("the first or last of a chain of comparisons", _oldest, "exact"),
 }

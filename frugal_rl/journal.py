@@ -3,7 +3,8 @@
     recipe.toml         the resolved recipe
     journal/00000001.safetensors ...   one small patch a step, written once, with the step's counters and
                         metrics and the hash of the file before; base + all of them is the policy
-    validation.jsonl    a line for each evaluation on the held-out problems: step and accuracy
+    validation.jsonl    a line for each evaluation on the held-out problems: step, accuracy, and a 1 or
+                        a 0 for each problem
     metrics.jsonl       a line a step, written anew from the journal when a run goes on
     problems.json       how many problems, their hash, what the base solved; left_out.jsonl: the others
     summary.json, patch.safetensors    at the end of every session
@@ -131,16 +132,21 @@ class Journal:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(self.folder / name, text.encode())
 
-    def validate(self, step: int, accuracy: Mapping[str, Any]) -> None:
-        """Note an evaluation on the held-out problems; each step is evaluated once."""
+    def validate(self, step: int, accuracy: Mapping[str, Any], correct: str = "") -> None:
+        """Note an evaluation on the held-out problems; each step is evaluated once.
+
+        `correct`: a 1 or a 0 for each problem, kept in the file alone.
+        """
         if any(row["step"] == step for row in self.validations):
             return
-        self.validations.append({"step": step, "accuracy": dict(accuracy)})
+        row = {"step": step, "accuracy": dict(accuracy)}
+        self.validations.append({**row, "correct": correct} if correct else row)
         self._rewrite("validation.jsonl", self.validations)
 
     def best(self) -> dict[str, Any]:
         """The evaluation with the highest accuracy, the earliest of equals."""
-        return max(self.validations, key=lambda row: (row["accuracy"]["value"], -row["step"]))
+        row = max(self.validations, key=lambda row: (row["accuracy"]["value"], -row["step"]))
+        return {"step": row["step"], "accuracy": row["accuracy"]}
 
     def since_best(self) -> int:
         """How many evaluations came after the best one."""

@@ -32,8 +32,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -44,6 +45,31 @@ from .rollout import MicroBatch, Rollout, micro_batches
 from .weights import Commit, Transaction
 
 Loss = Callable[[Tensor], tuple[Tensor, Mapping[str, float]]]
+
+
+class Update(Protocol):
+    """What one step's gradients go to: see weights.Transaction, whose law of commit holds for all."""
+
+    def propose(
+        self, name: str, gradient: Tensor, *, first_row: int = 0, row_R: Tensor | None = None
+    ) -> None: ...
+
+    def commit(self) -> Commit: ...
+
+
+class Baseline(Protocol):
+    """Another way to learn from the same gradients than plain SGD.
+
+    `frozen`: the weights get no gradient; what is trained are modules inside the layers.
+    """
+
+    frozen: bool
+
+    def begin(self) -> Update: ...
+
+    def off(self) -> AbstractContextManager[None]:
+        """While the reference policy is wanted."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +91,8 @@ class Learner:
     layers whose weights are not streamed. The results have the same bits.
     `boundary_on_host` keeps hidden states of the whole batch in host memory (page-locked if the device is a
     GPU): the device sees a micro-batch of them at a time. `reference`: another model that scores the
-    rollouts where the loss wants one; None: this one with its patch off.
+    rollouts where the loss wants one; None: this one with its patch off. `baseline`: what learns from the
+    gradients in the place of plain SGD.
     """
 
     decoder: Decoder
@@ -77,15 +104,20 @@ class Learner:
     boundary_on_host: bool = False
     reference: Learner | None = None
     layers_together: int = 1
+    baseline: Baseline | None = None
 
     def __post_init__(self) -> None:
         if self.layers_together > 1 and self.decoder.weights.streams:
             raise ValueError("streamed layers go backward one at a time")
 
+    @property
+    def _frozen(self) -> bool:
+        return self.baseline is not None and self.baseline.frozen
+
     def reference_log_probs(self, rollouts: Sequence[Rollout]) -> Tensor:
         """As `log_probs`, of the reference policy."""
         if self.reference is None:
-            with self.decoder.weights.base():
+            with self.baseline.off() if self.baseline else self.decoder.weights.base():
                 return self.log_probs(rollouts)
         self.decoder.weights.release()  # two models' layers are never on the device at once
         self.reference.micro_tokens = self.micro_tokens
@@ -134,7 +166,9 @@ class Learner:
         with 0 to the longest response, and returns a scalar and numbers to log.
         """
         decoder = self.decoder
-        transaction = Transaction(decoder.weights, self.lr, self.clip)
+        transaction: Update = (
+            self.baseline.begin() if self.baseline else Transaction(decoder.weights, self.lr, self.clip)
+        )
         batch = _Batch(decoder, rollouts, self.micro_tokens)
         layers, every = len(decoder.layers), self.boundary_every
         boundary: list[list[Tensor]] = []
@@ -153,7 +187,7 @@ class Learner:
             return Step(commit, number, stats, entropy)
         (gradient_BT,) = torch.autograd.grad(value, logprob_BT)
         with torch.no_grad():
-            waiting = _TiedRows(decoder, batch) if decoder.tied else None
+            waiting = _TiedRows(decoder, batch) if decoder.tied and not self._frozen else None
 
             def take(first_row: int, gradient_RD: Tensor) -> None:
                 if waiting is None:
@@ -167,7 +201,7 @@ class Learner:
                 state.normaliser_N,
                 batch.gather(gradient_BT),
                 self.temperature,
-                take,
+                None if self._frozen else take,
             )
             del normed_ND
         self._norm_backward(batch, states, slope_ND, transaction)
@@ -179,10 +213,11 @@ class Learner:
             for run in reversed(runs):
                 self._backward(run, batch, inputs.pop(), states, transaction)
         with torch.no_grad():
-            row_R, gradient_RD = batch.embedding_gradient(map(self._here, states))
-            if waiting is not None:
-                gradient_RD += waiting.gradient_RD
-            transaction.propose(decoder.embed_name, gradient_RD, row_R=row_R)
+            if not self._frozen:
+                row_R, gradient_RD = batch.embedding_gradient(map(self._here, states))
+                if waiting is not None:
+                    gradient_RD += waiting.gradient_RD
+                transaction.propose(decoder.embed_name, gradient_RD, row_R=row_R)
             return Step(transaction.commit(), number, stats, entropy)
 
     def _head(self, batch: _Batch, top: list[Tensor]) -> tuple[HeadState, Tensor]:
@@ -197,10 +232,10 @@ class Learner:
         return self.decoder.log_probs(normed_ND, batch.target_N, self.temperature), normed_ND
 
     def _norm_backward(
-        self, batch: _Batch, states: list[Tensor], slope_ND: Tensor, transaction: Transaction
+        self, batch: _Batch, states: list[Tensor], slope_ND: Tensor, transaction: Update
     ) -> None:
         """Turn `states` from x_L into dL/dx_L, in place; propose the norm's weight."""
-        with self.decoder.norm(learn=True) as norm:
+        with self.decoder.norm(learn=not self._frozen) as norm:
             for m, (place_N, part) in enumerate(zip(batch.place, batch.parts, strict=True)):
                 here = self._here(states[m])
                 state_ND = here.flatten(0, 1)[place_N].requires_grad_()
@@ -208,8 +243,9 @@ class Learner:
                 slope = torch.zeros_like(here)
                 slope.flatten(0, 1)[place_N] = _gradient_of(state_ND)
                 states[m] = self._away(slope)
-            (weight,) = norm.parameters()
-            transaction.propose(self.decoder.norm_name, _gradient_of(weight).float())
+            if not self._frozen:
+                (weight,) = norm.parameters()
+                transaction.propose(self.decoder.norm_name, _gradient_of(weight).float())
 
     def _inputs_of(self, runs: list[range], batch: _Batch, states: list[Tensor]) -> list[list[Tensor]]:
         """x_l at the start of each run of a group from that of its first; `states` is used up."""
@@ -227,18 +263,19 @@ class Learner:
         batch: _Batch,
         inputs: list[Tensor],
         slopes: list[Tensor],
-        transaction: Transaction,
+        transaction: Update,
     ) -> None:
         """Turn `slopes` from dL/dx_{l+1} of a run's last layer into dL/dx_l of its first, in place.
 
         Proposes the layers' gradients, the last one's first.
         """
+        learn = not self._frozen
         with ExitStack() as stack:
             layers = [
-                stack.enter_context(self.decoder.layer(index, learn=True, place=place))
+                stack.enter_context(self.decoder.layer(index, learn=learn, place=place))
                 for place, index in enumerate(run)
             ]
-            gradients = _accumulate_in_float32(layers)
+            gradients = _accumulate_in_float32(layers) if learn else {}
             for m, arguments in enumerate(batch.arguments):
                 first = hidden = self._here(inputs[m]).detach().requires_grad_()
                 for index, layer in zip(run, layers, strict=True):
@@ -246,7 +283,7 @@ class Learner:
                 torch.autograd.backward(hidden, self._here(slopes[m]))
                 # the state is not needed any more
                 slopes[m] = inputs[m] = self._away(_gradient_of(first))
-            for index in reversed(run):
+            for index in reversed(run) if learn else ():
                 for target in self.decoder.targets[index]:
                     transaction.propose(target.name, gradients.pop(target.parameter))
 
@@ -337,7 +374,7 @@ class _TiedRows:
         width = decoder.weights.held[self.name].shape[1]
         self.gradient_RD = torch.zeros(len(self.row_R), width, device=decoder.device)
 
-    def take(self, transaction: Transaction, first_row: int, gradient_RD: Tensor) -> None:
+    def take(self, transaction: Update, first_row: int, gradient_RD: Tensor) -> None:
         """Keep the rows of this block that wait, propose the others."""
         stop = first_row + len(gradient_RD)
         waits_R = (self.row_R >= first_row) & (self.row_R < stop)

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .arms import RANK, extra_bytes
 from .console import size
 from .errors import InputError
 
@@ -89,6 +90,13 @@ class Shape:
         return self.layers * layer + self.vocabulary * (1 if self.tied else 2)
 
     @property
+    def linear_ends(self) -> int:
+        """In and out features of all matrices of the layers: entries of adapters of rank 1."""
+        heads = self.heads * self.head_size
+        attention = 2 * (self.hidden + heads) + 2 * (self.hidden + self.kv_heads * self.head_size)
+        return self.layers * (attention + 3 * (self.hidden + self.intermediate))
+
+    @property
     def parameters(self) -> int:
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + embeddings
@@ -124,6 +132,8 @@ class Work:
     where `eviction` holds it to so many. `gguf`: the format of llama.cpp's copy of the weights, where it
     is the sampler.
 
+    `optimizer_bytes` are held in both phases, and `gradient_bytes` while learning, by what is not plain SGD.
+
     What is streamed comes from the system's page cache, which is not counted where it has no memory apart.
     """
 
@@ -139,6 +149,8 @@ class Work:
     kv_entries: int | None = None
     eviction: str | None = None
     gguf: str | None = None
+    optimizer_bytes: int = 0
+    gradient_bytes: int = 0
 
     @property
     def longest(self) -> int:
@@ -191,6 +203,13 @@ class Plan:
         """Every field and sum."""
         sums = ("fits", "generating_bytes", "learning_bytes", "host_bytes", "peak_bytes")
         return {**asdict(self), **{name: getattr(self, name) for name in sums}}
+
+
+def with_learner(work: Work, shape: Shape, kind: str, rank: int | None) -> Work:
+    """And what a learner.kind holds besides the weights."""
+    adapters = shape.linear_ends * (rank or RANK)
+    held, learning = extra_bytes(kind, shape.parameters, work.storage_bytes, adapters)
+    return replace(work, optimizer_bytes=held, gradient_bytes=learning)
 
 
 def plan(shape: Shape, work: Work, budget_bytes: int) -> Plan:
@@ -269,6 +288,9 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
         theirs = _streamed_bytes(work.reference, work.storage_bytes, compute)
         own = learning["layer copies"] + learning["step's changes"] + gradients
         learning["reference's layers"] = max(0, theirs - own)
+    if work.optimizer_bytes:
+        generating["optimizer"] = learning["optimizer"] = work.optimizer_bytes
+        learning["gradients"] = work.gradient_bytes
     fixed = sum(learning.values())
     room = budget_bytes - sum(generating.values())
     slots = max(1, min(work.sequences, room // slot))

@@ -44,8 +44,10 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_policy(files: ModelFiles, tokenizer: Any, device: torch.device, *, form: str = "bf16") -> Policy:
-    """Read the weights onto the device in a form of memory.FORMS.
+def load_policy(
+    files: ModelFiles, tokenizer: Any, device: torch.device, *, form: str = "bf16", whole: bool = False
+) -> Policy:
+    """Read the weights onto the device in a form of memory.FORMS; `whole`: see Weights.from_checkpoint.
 
     Raises InputError for what is not supported, by name.
     """
@@ -59,6 +61,7 @@ def load_policy(files: ModelFiles, tokenizer: Any, device: torch.device, *, form
         names=parameter_names(config),
         quantise=form in ("int8", "host"),
         stream=form == "host",
+        whole=whole,
     )
     return_free_memory()
     return Policy(files, Decoder(config, weights), tokenizer, stop_ids(files, tokenizer), held)

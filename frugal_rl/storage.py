@@ -6,6 +6,7 @@ itself does not hold of {base, policy} is its overlay, sorted positions with bit
 
                    the tensor                              the overlay
     Plain          the policy, in the checkpoint's format  the base's bits of changed entries
+    Whole          the policy, in the checkpoint's format  none: its base is read from the checkpoint
     Quantised      the base, frozen: codes and scales      the policy's bits of changed entries
     Streamed       the base, in the checkpoint's file      the policy's bits of changed entries, the base's
 
@@ -197,6 +198,41 @@ class Plain:
 
     def put_back_(self, policy: Overlay) -> None:
         bits_of(self.tensor)[policy.position_N] = policy.bits_N
+
+
+class Whole(Plain):
+    """As Plain, where a step may change every entry: its base stays in the checkpoint, and nothing over it.
+
+    An overlay would take ten bytes an entry, five times the tensor. The difference is made when asked for.
+    """
+
+    def __init__(self, tensor: Tensor, source: Source) -> None:
+        super().__init__(tensor)
+        self.source = source
+
+    def write_(self, entries: Changed) -> None:
+        bits_of(self.tensor)[entries.position_N] = entries.after_bits_N
+
+    def difference(self) -> Changed:
+        """As Plain.difference, over the entries that differ now. Reads the checkpoint."""
+        bits_N = bits_of(self.tensor)
+        found = []
+        for start in range(0, len(bits_N), BLOCK):
+            here_N = bits_N[start : start + BLOCK]
+            base = torch.empty(len(here_N), dtype=self.dtype, device=self.tensor.device)
+            base_N = bits_of(self.source.copy_to_(base, start))
+            index_N = torch.nonzero(here_N != base_N).view(-1)
+            found.append(Changed(index_N + start, base_N[index_N], here_N[index_N]))
+        return Changed(
+            torch.cat([c.position_N for c in found]),
+            torch.cat([c.before_bits_N for c in found]),
+            torch.cat([c.after_bits_N for c in found]),
+        )
+
+    def take_off_(self) -> Overlay:
+        entries = self.difference()
+        bits_of(self.tensor)[entries.position_N] = entries.before_bits_N
+        return Overlay(entries.position_N, entries.after_bits_N)
 
 
 class Quantised:

@@ -21,27 +21,39 @@ from typing import Any
 import numpy as np
 import torch
 
+from .arms import DENSE
+from .baselines import Dense, require
 from .config import Recipe
 from .correct import ASTRAY
 from .curation import Base, check_unchanged, drop_bad_golds, drop_never_and_always_solved, read_run_file
 from .decoder import check_supported, longest_sequence
 from .errors import FrugalError, InputError
-from .evaluate import Score, evaluate
+from .evaluate import Evaluation, Score, evaluate
 from .generate.engine import Engine, room_for
 from .generate.eviction import Eviction
 from .generate.llamacpp import LlamaEngine, Twin
 from .generate.sample import Sampler, StopText, Truncation
 from .journal import Journal
 from .learn import Learner
+from .lora import Adapters, make_baseline
 from .loss import ALGORITHMS, overlong_penalty
-from .memory import Plan, Shape, Work, host_bytes, peak_resident_bytes, plan, return_large_blocks
+from .memory import (
+    Plan,
+    Shape,
+    Work,
+    host_bytes,
+    peak_resident_bytes,
+    plan,
+    return_large_blocks,
+    with_learner,
+)
 from .models import ModelFiles, find_model, load_config, load_tokenizer
 from .patch import Patch
 from .policy import Policy, best_device, load_policy, load_reference
 from .problems import Problem, ProblemSet, draw, load_problems
 from .reward import Judgement, Verifier, refuse_errors
 from .rollout import Request, Rollout
-from .update import Group, learn_within_memory, preflight
+from .update import Group, learn_within_memory, make_learner, preflight, still_advice
 from .weights import export, step_patch
 
 TRAINING = 1  # first word of the random keys; evaluation has its own
@@ -70,6 +82,13 @@ class Session:
     engine: Sampler
     learner: Learner
     verifier: Verifier
+    baseline: Dense | Adapters | None = None
+
+    def changed_counts(self) -> tuple[int, int]:
+        """Entries of the checkpoint that training changed, or that its adapters would once merged."""
+        if isinstance(self.baseline, Adapters):
+            return self.baseline.changed_counts(self.files.folder)
+        return self.policy.weights.changed_counts()
 
 
 @contextmanager
@@ -107,11 +126,24 @@ def open_session(
         on_error=recipe.reward.on_error,
     ) as verifier:
         problems = drop_bad_golds(problems, verifier, report.say)
-        policy = load_policy(files, tokenizer, device, form=recipe.model.weights)
+        kind = recipe.learner.kind if training else "sgd"
+        require(kind)
+        form = recipe.model.weights
+        policy = load_policy(files, tokenizer, device, form=form, whole=kind in DENSE)
         engine = _engine(policy, recipe, divided)
         if training and recipe.data.solve_samples is not None:
             base = Base(recipe, policy, engine, verifier, truncation_of(recipe))
             problems = drop_never_and_always_solved(problems, base, report.say, solved or {})
+        baseline = make_baseline(
+            kind,
+            policy.decoder,
+            lr=recipe.learner.lr,
+            clip=recipe.learner.clip,
+            momentum=recipe.learner.momentum,
+            rank=recipe.learner.rank,
+            alpha=recipe.learner.alpha,
+            seed=recipe.train.seed,
+        )
         yield Session(
             recipe=recipe,
             files=files,
@@ -119,31 +151,16 @@ def open_session(
             problems=problems,
             policy=policy,
             engine=engine,
-            learner=Learner(
+            learner=make_learner(
                 policy.decoder,
-                lr=recipe.learner.lr,
-                clip=recipe.learner.clip,
-                temperature=recipe.rollout.temperature,
-                micro_tokens=divided.micro_tokens,
-                boundary_every=divided.boundary_every,
-                boundary_on_host=divided.boundary_on_host,
-                layers_together=divided.layers_together,
-                reference=_reference(reference, recipe, policy, divided) if reference else None,
+                recipe,
+                divided,
+                reference=load_reference(reference, policy) if reference else None,
+                baseline=baseline,
             ),
             verifier=verifier,
+            baseline=baseline,
         )
-
-
-def _reference(files: ModelFiles, recipe: Recipe, policy: Policy, divided: Plan) -> Learner:
-    """Another model that scores the policy's rollouts."""
-    return Learner(
-        load_reference(files, policy),
-        lr=recipe.learner.lr,
-        clip=None,
-        temperature=recipe.rollout.temperature,
-        micro_tokens=divided.micro_tokens,
-        boundary_on_host=divided.boundary_on_host,
-    )
 
 
 def _check_room(files: ModelFiles, recipe: Recipe, longest_prompt: int) -> None:
@@ -210,7 +227,7 @@ def divide(
     else:
         budget -= taken_bytes
     quantised = recipe.model.weights == "int8"
-    storage = files.storage_bytes()
+    storage, shape = files.storage_bytes(), Shape.from_config(files.config)
     compression = recipe.rollout.compression
     work = Work(
         sequences=recipe.rollout.prompts * recipe.rollout.samples,
@@ -226,7 +243,7 @@ def divide(
         eviction=compression.method if compression else None,
         gguf=recipe.rollout.gguf_format,
     )
-    return plan(Shape.from_config(files.config), work, budget)
+    return plan(shape, with_learner(work, shape, recipe.learner.kind, recipe.learner.rank), budget)
 
 
 def train(
@@ -237,6 +254,7 @@ def train(
     `stopped` is asked after every step: True ends the run there, with everything saved.
     """
     recipe, began = session.recipe, time.perf_counter()
+    dense = recipe.learner.kind in DENSE
     if not journal.step:  # the micro-batches of a run that goes on have been through whole steps
         preflight(
             session.learner,
@@ -255,7 +273,8 @@ def train(
         train_s += row["seconds"]
         report.step(row)
         warned = _say_astray(recipe, row, warned, report)
-        still = still + 1 if row["signal_groups"] and not row["changed_step"] else 0
+        hidden = dense and row["gradient_norm"]  # a step may be in the masters and not yet in the weights
+        still = still + 1 if row["signal_groups"] and not row["changed_step"] and not hidden else 0
         if still:
             _say_still(session, still, row, report)
         if not row["signal_groups"] and not silent:
@@ -295,21 +314,7 @@ def _say_astray(recipe: Recipe, row: Mapping[str, Any], warned: int, report: Rep
 
 def _say_still(session: Session, still: int, row: Mapping[str, Any], report: Reporter) -> None:
     """A run whose steps change nothing must say so at once."""
-    lr, dtype = session.recipe.learner.lr, session.policy.weights.storage_dtype
-    if row.get("rejected_share") == 1.0:
-        advice = (
-            "the correction rejected every response, so nothing was learned: the sampler's policy is too far "
-            f"from the learner's (5 % of tokens have a ratio below {row['xi_p05']:.2g}): compress less"
-        )
-    elif row["dropped"]:
-        advice = f"the step was dropped, the weights are as they were: {row['dropped']}"
-    else:
-        advice = (
-            f"no weight changed: learner.lr = {lr:g} is too small for {str(dtype).removeprefix('torch.')} "
-            f"weights at a gradient norm of {row['gradient_norm']:.2g} (an update below half a unit in the "
-            f"last place is rounded away). Plain SGD needs about 0.1 for LLMs, 1e-6 is an Adam habit: try "
-            f"--set learner.lr={lr * 10:g}"
-        )
+    advice = still_advice(row, session.recipe.learner.lr, session.policy.weights.storage_dtype)
     report.say(advice)
     if still == STILL_STEPS:
         raise FrugalError(f"{STILL_STEPS} steps in a row changed nothing. Last: {advice}")
@@ -327,7 +332,7 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
     commit = learned.commit if learned else None
     changed = commit.changed if commit else {}
     weights = session.policy.weights
-    any_bit, moved = weights.changed_counts()
+    any_bit, moved = session.changed_counts()
     rollouts = [r for g in groups for r in g.rollouts]
     lengths = [len(r.response_ids) for r in rollouts]
     verdicts = Counter(j.verdict.value for g in groups for j in g.judgements)
@@ -350,7 +355,7 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
         "clip_scale": commit.scale if commit else None,
         "dropped": commit.dropped if commit else None,
         "updates": 0,
-        "changed_step": sum(len(c.position_N) for c in changed.values()),
+        "changed_step": commit.entries if commit else 0,
         "changed_any": any_bit,
         "changed_1e5": moved,
         **(learned.stats if learned else {}),
@@ -433,8 +438,8 @@ def _paid(recipe: Recipe, rollout: Rollout, judgement: Judgement) -> float:
 # --- before and after
 
 
-def _heldout(session: Session) -> Score:
-    """Greedy accuracy on the held-out problems."""
+def _heldout(session: Session) -> Evaluation:
+    """One greedy answer to each held-out problem."""
     return evaluate(
         session.policy,
         session.engine,
@@ -442,14 +447,14 @@ def _heldout(session: Session) -> Score:
         session.problems.heldout,
         max_tokens=session.recipe.rollout.max_tokens,
         seed=session.recipe.train.seed,
-    ).score
+    )
 
 
 def _validate(session: Session, journal: Journal, step: int) -> Score:
     """`_heldout`, noted in the run folder."""
-    score = _heldout(session)
-    journal.validate(step, asdict(score))
-    return score
+    found = _heldout(session)
+    journal.validate(step, asdict(found.score), found.correct)
+    return found.score
 
 
 def _finish(
@@ -461,7 +466,7 @@ def _finish(
     """
     accuracy = {row["step"]: row["accuracy"] for row in journal.validations}
     weights = session.policy.weights
-    any_bit, moved = weights.changed_counts()
+    any_bit, moved = session.changed_counts()
     device = session.policy.decoder.device
     results: dict[str, Any] = {
         "steps": journal.step,
@@ -474,28 +479,37 @@ def _finish(
     }
     # the patch is a function of the recipe alone: no times, so that two equal runs are equal files
     meta = {"recipe": session.recipe.to_toml(), "metrics": results}
-    form = session.recipe.model.weights
-    if form == "int8":
+    form, adapters = session.recipe.model.weights, isinstance(session.baseline, Adapters)
+    if isinstance(session.baseline, Adapters):
+        patch, merge_lost = session.baseline.patch(session.files.folder, session.files.name, meta)
+        adapter_bytes = session.baseline.save(journal.folder / "adapter", session.recipe.model.name)
+        results |= {"adapter_bytes": adapter_bytes, "merge_lost": merge_lost}
+    elif form == "int8":
         patch, lost = export(weights, session.files.folder, session.files.name, meta)
         results |= {"export_lost": lost}
     else:
         patch = weights.patch(meta)
-    engine = session.recipe.rollout.generator == "engine"
-    if form != "bf16" or not engine:  # what was sampled is not what the patch makes of the checkpoint
+    correct, engine = "", session.recipe.rollout.generator == "engine"
+    if form != "bf16" or adapters or not engine:  # what was sampled is not what the patch makes of the base
         exported = _exported(session, patch, report) if journal.step in accuracy else None
-        results |= {"accuracy_exported": asdict(exported) if exported else None}
+        results |= {"accuracy_exported": asdict(exported.score) if exported else None}
+        correct = exported.correct if exported else ""
         patch = replace(patch, meta=meta)
     patch_bytes = patch.save(journal.folder / "patch.safetensors")
     summary = {
         **results,
+        **({"exported_correct": correct} if correct else {}),
         "best": journal.best(),
         "model": session.files.name,
+        "kind": session.recipe.learner.kind,
         "recipe_steps": session.recipe.train.steps,
         "patch": str(journal.folder / "patch.safetensors"),
         "patch_bytes": patch_bytes,
         "train_seconds": train_s,
         "session_seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory_bytes(device),
+        "weights_bytes": weights.nbytes,
+        "optimizer_bytes": session.baseline.nbytes if session.baseline else 0,
         "planned_memory_bytes": session.plan.peak_bytes + session.policy.held_bytes,
         "plan": session.plan.as_json(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -504,13 +518,15 @@ def _finish(
     return summary
 
 
-def _exported(session: Session, patch: Patch, report: Reporter) -> Score | None:
-    """Score a run's patch on the checkpoint in its own format; None if that does not fit."""
+def _exported(session: Session, patch: Patch, report: Reporter) -> Evaluation | None:
+    """Evaluate a run's patch on the checkpoint in its own format; None if that does not fit."""
     policy, device = session.policy, session.policy.decoder.device
     whole = session.recipe.model.weights == "bf16"
     rollout = replace(session.recipe.rollout, generator="engine", gguf=None)
     recipe = replace(session.recipe, model=replace(session.recipe.model, weights="bf16"), rollout=rollout)
-    if whole:  # llama.cpp sampled: the plan's slots and micro-batches do for the engine too
+    if (
+        whole and session.baseline is None
+    ):  # llama.cpp sampled: the plan's slots and micro-batches do for the engine too
         return _heldout(replace(session, engine=_engine(policy, recipe, session.plan)))
     try:
         divided = divide(

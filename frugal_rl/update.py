@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from .config import Recipe
+from .decoder import Decoder
 from .errors import FrugalError
-from .learn import Learner, Step
+from .learn import Baseline, Learner, Step
 from .loss import ALGORITHMS, advantages, advantages_with_kl, kl_loss, policy_loss
 from .memory import Plan
 from .problems import Problem, order
@@ -56,6 +57,54 @@ class Group:
         """By what the verifier paid: a difference in length alone is no signal (DAPO)."""
         paid = [judgement.reward for judgement in self.judgements]
         return max(paid) > min(paid)
+
+
+def make_learner(
+    decoder: Decoder,
+    recipe: Recipe,
+    divided: Plan,
+    *,
+    reference: Decoder | None = None,
+    baseline: Baseline | None = None,
+) -> Learner:
+    """A recipe's learner under a plan; `reference`: another model, which scores the rollouts."""
+
+    def make(decoder: Decoder, clip: float | None, **more: Any) -> Learner:
+        return Learner(
+            decoder,
+            lr=recipe.learner.lr,
+            clip=clip,
+            temperature=recipe.rollout.temperature,
+            micro_tokens=divided.micro_tokens,
+            boundary_on_host=divided.boundary_on_host,
+            **more,
+        )
+
+    return make(
+        decoder,
+        recipe.learner.clip,
+        boundary_every=divided.boundary_every,
+        layers_together=divided.layers_together,
+        reference=make(reference, None) if reference else None,
+        baseline=baseline,
+    )
+
+
+def still_advice(row: Mapping[str, Any], lr: float, dtype: torch.dtype) -> str:
+    """Why a step with these metrics may have changed no weight of that format, and what to do."""
+    if row.get("rejected_share") == 1.0:
+        return (
+            "the correction rejected every response, so nothing was learned: the sampler's policy is too far "
+            f"from the learner's (5 % of tokens have a ratio below {row['xi_p05']:.2g}): compress less"
+        )
+    if row["dropped"]:
+        return f"the step was dropped, the weights are as they were: {row['dropped']}"
+    return (
+        f"no weight changed: learner.lr = {lr:g} is too small for {str(dtype).removeprefix('torch.')} "
+        f"weights at a gradient norm of {row['gradient_norm']:.2g} (an update below half a unit in the "
+        f"last place is rounded away). Plain SGD needs about 0.1 for LLMs, 1e-6 is an Adam habit: try "
+        f"--set learner.lr={lr * 10:g}"
+    )
 
 
 def within_memory(learner: Learner, say: Say, work: Callable[[], Result]) -> Result:
@@ -188,6 +237,7 @@ def together(steps: Sequence[Step]) -> Step:
         scale=_mean([s.commit.scale for s in counted]),
         changed=composed([s.commit.changed for s in done]),
         dropped=why,
+        adapted=max(s.commit.adapted for s in steps),
     )
     return Step(
         commit=commit,

@@ -91,7 +91,7 @@ def expected(hint: Any) -> str:
         return f"a table of such as {{name = value}}, each value {expected(arguments[1])}"
     if origin is Literal:
         options = ", ".join(json.dumps(word) for word in arguments)
-        return f"one of {options}" if len(arguments) > 1 else f"{options}, the only one supported"
+        return f"one of {options}"
     plain = {str: "a text", int: "an integer", float: "a finite number", bool: "true or false"}
     return plain[hint]
 

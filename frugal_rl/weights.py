@@ -32,7 +32,7 @@ torch.optim.SGD on a bf16 parameter would round the gradient to bf16 first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +44,19 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .errors import InputError
 from .patch import AlreadyApplied, BaseInfo, Patch, TensorPatch, WrongBase
-from .storage import BLOCK, Changed, Held, Overlay, Plain, Quantised, Rows, Streamed, bits_of, rounded
+from .storage import (
+    BLOCK,
+    Changed,
+    Held,
+    Overlay,
+    Plain,
+    Quantised,
+    Rows,
+    Streamed,
+    Whole,
+    bits_of,
+    rounded,
+)
 from .stream import LayerStream, Source
 
 STORAGE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -65,16 +77,20 @@ def signed(bits_N: np.ndarray, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Commit:
-    """What a step did. `changed` is empty when it was dropped, and `dropped` says why."""
+    """What a step did. `changed` is empty when it was dropped, and `dropped` says why.
+
+    `adapted`: entries that changed of what is trained beside frozen weights (lora.py).
+    """
 
     norm: float
     scale: float
     changed: Mapping[str, Changed]
     dropped: str | None = None
+    adapted: int = 0
 
     @property
     def entries(self) -> int:
-        return sum(len(c.position_N) for c in self.changed.values())
+        return sum(len(c.position_N) for c in self.changed.values()) + self.adapted
 
 
 class Weights:
@@ -86,7 +102,7 @@ class Weights:
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor | Quantised | Streamed],
+        tensors: Mapping[str, Tensor | Held],
         *,
         compute_dtype: torch.dtype | None = None,
         base: BaseInfo | None = None,
@@ -118,16 +134,17 @@ class Weights:
         names: frozenset[str],
         quantise: bool = False,
         stream: bool = False,
+        whole: bool = False,
     ) -> Weights:
         """Load tensor by tensor. Peak: the final size and one tensor; quantising, and a block of rows.
 
         `name`: what patches call the base. `names`: the tensors wanted (a checkpoint may hold a copy of
         a tied head). `quantise`: hold matrices in int8. `stream`: leave them in the checkpoint; with
-        `quantise` too, for a sampler, in int8 beside it. Raises InputError for a format that SGD cannot
-        be exact on.
+        `quantise` too, for a sampler, in int8 beside it. `whole`: keep no patch in memory, as most entries
+        will change. Raises InputError for a format that SGD cannot be exact on.
         """
         checkpoint = Checkpoint(folder)
-        tensors: dict[str, Tensor | Quantised | Streamed] = {}
+        tensors: dict[str, Tensor | Held] = {}
         for key, info in checkpoint.tensors.items():
             if key not in names:
                 continue
@@ -144,7 +161,8 @@ class Weights:
                 elif codes is not None:
                     tensors[key] = codes
                 continue
-            tensors[key] = source.copy_to_(torch.empty(info.shape, dtype=source.dtype, device=device))
+            tensor = source.copy_to_(torch.empty(info.shape, dtype=source.dtype, device=device))
+            tensors[key] = Whole(tensor, source) if whole else tensor
         if quantise and not stream:
             # the base is a function of the checkpoint, known by the entries that a patch touches
             return cls(tensors, base=BaseInfo(f"{name} (int8)", {}))
@@ -302,18 +320,27 @@ class Weights:
 
     def difference(self) -> dict[str, Changed]:
         """From the base to the policy, over all entries that any step has changed."""
-        return {name: h.difference() for name, h in self.held.items() if len(h.overlay)}
+        return dict(self._differences())
+
+    def _differences(self) -> Iterator[tuple[str, Changed]]:
+        for name, held in self.held.items():
+            if isinstance(held, Whole) or len(held.overlay):
+                yield name, held.difference()
 
     def changed_counts(self) -> tuple[int, int]:
         """Entries that differ from the base: in any bit, and by more than 1e-5."""
-        any_bit = moved = 0
-        for name, entries in self.difference().items():
-            dtype = self.held[name].dtype
-            now_N = entries.after_bits_N.view(dtype).double()
-            base_N = entries.before_bits_N.view(dtype).double()
-            any_bit += int((entries.after_bits_N != entries.before_bits_N).sum())
-            moved += int(((now_N - base_N).abs() > MOVED).sum())
-        return any_bit, moved
+        return counts((entries, self.held[name].dtype) for name, entries in self._differences())
+
+
+def counts(changes: Iterable[tuple[Changed, torch.dtype]]) -> tuple[int, int]:
+    """Entries that changed, of tensors of those formats: in any bit, and by more than 1e-5."""
+    any_bit = moved = 0
+    for entries, dtype in changes:
+        now_N = entries.after_bits_N.view(dtype).double()
+        base_N = entries.before_bits_N.view(dtype).double()
+        any_bit += int((entries.after_bits_N != entries.before_bits_N).sum())
+        moved += int(((now_N - base_N).abs() > MOVED).sum())
+    return any_bit, moved
 
 
 def _quantised(source: Source, device: torch.device, *, own: bool) -> Quantised:
@@ -392,9 +419,9 @@ class Transaction:
 
         Every row belongs to one proposal only. Syncs with the device (the count of kept entries).
         """
-        square = _square(gradient)
+        square = sum_of_squares(gradient)
         self._square = square if self._square is None else self._square + square
-        step = self.lr * self._factor(self._square.sqrt())
+        step = self.lr * clip_factor(self._square.sqrt(), self.clip)
         most = max(1, PROPOSED // math.prod(gradient.shape[1:]))
         for start in range(0, len(gradient), most):
             part = gradient[start : start + most]
@@ -418,18 +445,13 @@ class Transaction:
         kept = position_N, gradient.reshape(-1)[kept_N], before_bits_N[kept_N]
         self._proposed.setdefault(name, []).append(kept)
 
-    def _factor(self, norm: Tensor) -> Tensor:
-        if self.clip is None:
-            return torch.ones_like(norm)
-        return (self.clip / (norm + 1e-6)).clamp(max=1.0)
-
     def commit(self) -> Commit:
         """Round the proposed entries at the true clip factor and write them, or nothing."""
         assert self._square is not None, "no gradient was proposed"
         norm = float(self._square.sqrt())
         if not math.isfinite(norm):
             return Commit(norm, 0.0, {}, dropped=f"the gradient's norm is {norm}")
-        factor = self._factor(self._square.sqrt())
+        factor = clip_factor(self._square.sqrt(), self.clip)
         if norm == 0:  # not even the sign of a zero changes
             return Commit(norm, float(factor), {})
         changed = {}
@@ -451,7 +473,12 @@ class Transaction:
         return Commit(norm, float(factor), changed)
 
 
-def _square(gradient: Tensor) -> Tensor:
+def clip_factor(norm: Tensor, clip: float | None) -> Tensor:
+    """c of the update rule."""
+    return torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
+
+
+def sum_of_squares(gradient: Tensor) -> Tensor:
     """Sum of squares: float32 within blocks of 4096, float64 across them (no float64 copy of it all)."""
     flat = gradient.reshape(-1)
     whole = flat.numel() // 4096 * 4096

@@ -27,6 +27,7 @@ LEVELS = [
         "container",
         "codes",
         "patch",
+        "arms",
         "config",
         "rollout",
         "gym",
@@ -71,9 +72,11 @@ LEVELS = [
         "generate.llama_library",
         "generate.llamacpp",
     ],
+    ["baselines", "lora"],
     ["sampled", "update", "evaluate", "journal", "curation"],
     ["export", "train"],
-    ["cli_export", "cli_patch", "cli_analyse", "cli_reward", "cli"],
+    ["paired", "compare", "compare_table"],
+    ["cli_export", "cli_patch", "cli_analyse", "cli_reward", "cli_compare", "cli"],
 ]
 RANK = {name: (level, place) for level, names in enumerate(LEVELS) for place, name in enumerate(names)}
 # may be imported, and the command line started, without torch

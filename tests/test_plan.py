@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from frugal_rl.cli import cli
+from frugal_rl.config import load_recipe
 from frugal_rl.errors import InputError
 
 
@@ -88,3 +90,22 @@ def test_a_host_with_less_memory_keeps_fewer_boundary_states() -> None:
     most, less = (json.loads(run_plan(*words, room)[1])["forms"]["int8"] for room in ("96GiB", "24GiB"))
     assert most["boundary_every"] == 1 < less["boundary_every"]
     assert less["host_bytes"] <= 24 * 2**30 < most["host_bytes"]
+
+
+def test_a_recipe_with_an_optimizer_is_planned_with_its_states_in_the_forms_that_it_can_have(
+    tmp_path: Path,
+) -> None:
+    recipe = tmp_path / "adamw.toml"
+    recipe.write_text(
+        load_recipe("math-qwen2.5-7b-24gib")
+        .to_toml()
+        .replace('kind = "sgd"', 'kind = "adamw"')
+        .replace('weights = "int8"', 'weights = "bf16"')
+    )
+    code, text = run_plan("Qwen2.5-7B", "--recipe", str(recipe), "--memory", "200GiB", "--json")
+    value = json.loads(text)
+    assert code == 0 and list(value["forms"]) == ["bf16"]
+    learning = value["forms"]["bf16"]["learning"]
+    assert learning["optimizer"] == 12 * value["parameters"]
+    assert learning["gradients"] == 4 * value["parameters"]
+    assert run_plan("Qwen2.5-7B", "--recipe", str(recipe), "--memory", "80GiB")[0] == 2

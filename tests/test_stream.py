@@ -295,4 +295,4 @@ def test_a_host_run_that_is_resumed_ends_as_one_never_stopped_and_fits_the_check
         session.policy.weights.write_patch_(Patch.load(tmp_path / "whole" / "patch.safetensors"))
         for name, tensor in session.policy.weights.tensors.items():
             assert torch.equal(bits_of(tensor), bits_of(learned[name]))
-        assert loop._heldout(session).value == summary["accuracy_exported"]["value"]
+        assert loop._heldout(session).score.value == summary["accuracy_exported"]["value"]

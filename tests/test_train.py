@@ -415,7 +415,7 @@ def test_an_int8_runs_patch_is_for_the_checkpoint_and_scores_there_what_the_summ
     assert sum(map(len, patch.tensors.values())) == summary["changed_any"] - summary["export_lost"]
     with session_of(load_recipe("tiny", SMALL)) as session:
         session.policy.weights.write_patch_(patch)
-        assert loop._heldout(session).value == summary["accuracy_exported"]["value"]
+        assert loop._heldout(session).score.value == summary["accuracy_exported"]["value"]
         gap = max(float((learned[k] - v).abs().max()) for k, v in snapshot(session).items())
         assert 0 < gap < 0.02  # half a step of the coarsest row
 

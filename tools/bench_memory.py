@@ -6,6 +6,8 @@ A randomly initialised Qwen2.5-0.5B shape (494 M parameters, vocabulary 151,936,
 of which the first quarter is the prompt, with a policy-gradient loss. Each arm is a process of its own.
 
     bf16, int8, host   one step of frugal_rl.learn.Learner (float32 arithmetic) on weights in that form
+    learner-ARM        the same step with a baseline of `frugal-rl compare`: learner-adamw, learner-adamw8bit,
+                       learner-sgd-momentum, learner-lora:RANK, learner-lora-int8:RANK
     sgd, adamw         transformers in bf16, gradient checkpointing, the whole batch at once, torch.optim
     sgd-fp32           the same in float32: the arithmetic that the learner does
     trl                the learning part of TRL's GRPOTrainer in bf16: SGD, checkpointing, the whole batch
@@ -53,6 +55,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from frugal_rl.arms import Arm
 from frugal_rl.config import parse_bytes
 from frugal_rl.console import size
 from frugal_rl.memory import (
@@ -63,6 +66,7 @@ from frugal_rl.memory import (
     plan,
     return_free_memory,
     return_large_blocks,
+    with_learner,
 )
 
 QWEN_05B = {
@@ -80,6 +84,8 @@ QWEN_05B = {
 CLIP = 1.0
 SCALE = 0.02  # of the loss: the norm is then below the clip, as in training
 FORMS = ("bf16", "int8", "host")
+LEARNER = "learner-"
+ADAM_LR, LORA_LR = 1e-6, 1e-5
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,17 @@ class Options:
     folder: str
 
 
-def make_plan(form: str, sequences: int, tokens: int, budget_bytes: int) -> Plan:
+def arm_of(name: str) -> Arm:
+    """A form alone is plain SGD on it."""
+    if name in FORMS:
+        return Arm(name, "sgd", name, None)
+    return Arm.parse(name.removeprefix(LEARNER))
+
+
+def make_plan(arm: Arm, sequences: int, tokens: int, budget_bytes: int) -> Plan:
     """The plan that `train` would make on a CPU."""
+    shape = Shape.from_config(QWEN_05B)
+    rank = int(arm.number or 1) if arm.kind == "lora" else None
     work = Work(
         sequences=sequences,
         prompt_tokens=tokens // 4,
@@ -105,9 +120,9 @@ def make_plan(form: str, sequences: int, tokens: int, budget_bytes: int) -> Plan
         storage_bytes=2,
         compute_bytes=4,
         has_host=False,
-        form=form,
+        form=arm.weights,
     )
-    return plan(Shape.from_config(QWEN_05B), work, budget_bytes)
+    return plan(shape, with_learner(work, shape, arm.kind, rank), budget_bytes)
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -130,16 +145,20 @@ def learner_step(options: Options) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from frugal_rl.arms import DENSE
+    from frugal_rl.baselines import require
     from frugal_rl.decoder import Decoder, parameter_names
     from frugal_rl.learn import Learner
+    from frugal_rl.lora import make_baseline
     from frugal_rl.rollout import Rollout
     from frugal_rl.weights import Weights
 
     return_large_blocks()  # as `train` does on a CPU
-    config = _config()
+    config, arm = _config(), arm_of(options.arm)
+    require(arm.kind)
     names = parameter_names(config)
     baseline = peak_resident_bytes()
-    form, sequences, tokens = options.arm, options.sequences, options.tokens
+    form, sequences, tokens = arm.weights, options.sequences, options.tokens
     weights = Weights.from_checkpoint(
         Path(options.folder),
         torch.device("cpu"),
@@ -147,6 +166,7 @@ def learner_step(options: Options) -> dict[str, Any]:
         names=names,
         quantise=form != "bf16",
         stream=form == "host",
+        whole=arm.kind in DENSE,
     )
     return_free_memory()
     loaded = peak_resident_bytes()
@@ -163,18 +183,22 @@ def learner_step(options: Options) -> dict[str, Any]:
         for _ in range(sequences)
     ]
     advantage_B = torch.linspace(-1, 1, sequences)
-    planned = make_plan(form, sequences, tokens, parse_bytes(options.budget))
+    planned = make_plan(arm, sequences, tokens, parse_bytes(options.budget))
     every = options.boundary_every or planned.boundary_every
     together = options.layers_together or planned.layers_together
     decoder = Decoder(config, weights)
+    lr = {"sgd": options.lr, "sgd-momentum": options.lr, "lora": LORA_LR}.get(arm.kind, ADAM_LR)
+    number = {"rank": int(arm.number or 1)} if arm.kind == "lora" else {"momentum": arm.number}
+    other = make_baseline(arm.kind, decoder, lr=lr, clip=CLIP, **number)
     learner = Learner(
         decoder,
-        options.lr,
+        lr,
         CLIP,
         1.0,
         planned.micro_tokens,
         boundary_every=every,
         layers_together=together,
+        baseline=other,
     )
     began, cpu = time.perf_counter(), time.process_time()
     step = learner.step(rollouts, lambda logprob_BT: (-SCALE * (logprob_BT.mean(1) * advantage_B).mean(), {}))
@@ -184,6 +208,7 @@ def learner_step(options: Options) -> dict[str, Any]:
         "cpu_seconds": time.process_time() - cpu,
         "loaded_bytes": loaded - baseline,
         "weights_bytes": weights.nbytes,
+        "optimizer_bytes": other.nbytes if other else 0,
         "planned_bytes": planned.learning_bytes,
         "micro_tokens": planned.micro_tokens,
         "boundary_every": every,
@@ -306,7 +331,8 @@ def _skeleton(config: Any) -> Any:
 
 def run_arm(options: Options) -> None:
     """In a process of its own: one JSON line."""
-    step = learner_step if options.arm in FORMS else trl_step if options.arm == "trl" else plain_step
+    ours = options.arm in FORMS or options.arm.startswith(LEARNER)
+    step = learner_step if ours else trl_step if options.arm == "trl" else plain_step
     row = step(options)
     peak = peak_resident_bytes()
     print(json.dumps({**asdict(options), **row, "over_bytes": peak - row["baseline_bytes"]}))
@@ -314,12 +340,12 @@ def run_arm(options: Options) -> None:
 
 def report(row: dict[str, Any]) -> None:
     line = (
-        f"{row['arm']:<9}{row['sequences']:>3} x {row['tokens']} tokens: {size(row['over_bytes'])} over "
+        f"{row['arm']:<22}{row['sequences']:>3} x {row['tokens']} tokens: {size(row['over_bytes'])} over "
         f"{size(row['baseline_bytes'])}, {row['seconds']:.0f} s"
     )
     if "cpu_seconds" in row:
         line += f" ({row['cpu_seconds']:.0f} s of CPU time)"
-    if row["arm"] in FORMS:
+    if "planned_bytes" in row:
         line += (
             f"; planned {size(row['planned_bytes'])} (ratio {row['over_bytes'] / row['planned_bytes']:.2f}), "
             f"micro-batches of {row['micro_tokens']} tokens, every {row['boundary_every']} boundaries, "
@@ -327,6 +353,8 @@ def report(row: dict[str, Any]) -> None:
             f"{row['changed']:.2%} of the entries changed; loading took {size(row['loaded_bytes'])}, "
             f"the weights are {size(row['weights_bytes'])}"
         )
+        if row["optimizer_bytes"]:
+            line += f", masters, states or adapters {size(row['optimizer_bytes'])}"
     print(line, flush=True)
 
 

@@ -5,8 +5,8 @@
     python tools/study_compression.py runs FOLDER OUT [--seeds 0,1,2] [--arms dense,naive,sparse-rl]
     python tools/study_compression.py report OUT             the table, and OUT/compression.svg
 
-The task is `iterate:8`: `x=47; 34 times x=3x+7 mod 10`, whose working `1:8,2:1,...` is 151 to 192 tokens
-long. Every step needs the step before it and the rule in the prompt: what an evicted entry costs shows.
+The task is `rounds:5`: `3; 5 rounds of a4b7c2d9e5`, whose working `1:a3+4=7,b7+7=4,...` is 187 to 224 tokens
+long. Every step needs the sum before it and its digit in the prompt: what an evicted entry costs shows.
 The base can work a problem out but seldom does (`WORKED_SHARE`), otherwise it guesses.
 Runs are `frugal-rl train` in processes of their own; one that is finished is not repeated.
 """
@@ -36,11 +36,12 @@ from frugal_rl.rewards.answers import Verdict
 from frugal_rl.tasks import is_heldout
 from frugal_rl.train import Reporter, open_session
 
-TASK: Final = "iterate:8"
-LEVELS: Final = (1, 1, 1, 2, 3, 4, 6, 8, 9)  # of the lessons: most is learned on short answers
+TASK_LEVEL: Final = 5
+TASK: Final = f"rounds:{TASK_LEVEL}"
+LEVELS: Final = (1, 1, 2, 3, 5)  # of the lessons: most is learned on short answers
 LAYERS: Final = 3
-SKILL_STEPS: Final = 500
-HABIT_STEPS: Final = 60
+SKILL_STEPS: Final = 330
+HABIT_STEPS: Final = 40
 BATCH: Final = 64
 WORKED_SHARE: Final = 0.35
 WORKED_TOKENS: Final = 20  # an answer that is guessed has two
@@ -50,23 +51,26 @@ SEED: Final = 4321
 
 
 def working(prompt: str) -> str:
-    """Every value on the way, numbered, and the last one again on a line of its own."""
-    x, times, a, b = (int(n) for n in re.findall(r"\d+", prompt)[:4])
-    steps = []
-    for step in range(1, times + 1):
-        x = (a * x + b) % 10
-        steps.append(f"{step}:{x}")
-    return f"{','.join(steps)}\n{x}"
+    """Every sum on the way, by the name of its digit, and the last one again on a line of its own."""
+    total, rounds, *digits = (int(n) for n in re.findall(r"\d+", prompt))
+    lines = []
+    for turn in range(1, rounds + 1):
+        steps = []
+        for name, digit in zip("abcde", digits, strict=True):
+            steps.append(f"{name}{total}+{digit}={(total + digit) % 10}")
+            total = (total + digit) % 10
+        lines.append(f"{turn}:{','.join(steps)};")
+    return f"{''.join(lines)}\n{total}"
 
 
 def lessons() -> Iterator[list[tuple[str, str]]]:
     """Batches of prompts and answers: the skill at every length, then the habit at the task's."""
     draw, coin = Draw(SEED), random.Random(SEED)
     for step in itertools.count():
-        level = LEVELS[-2] if step >= SKILL_STEPS else coin.choice(LEVELS)
+        level = TASK_LEVEL if step >= SKILL_STEPS else coin.choice(LEVELS)
         batch: list[tuple[str, str]] = []
         while len(batch) < BATCH:
-            prompt, answer = GENERATORS["iterate"].make(draw, level)
+            prompt, answer = GENERATORS["rounds"].make(draw, level)
             if is_heldout(prompt):
                 continue
             worked = step < SKILL_STEPS or coin.random() < WORKED_SHARE
@@ -132,7 +136,7 @@ def settings(folder: Path) -> list[str]:
         f"data.source={TASK}",
         f"data.heldout={PROBLEMS}",
         "reward.kind=numeric",
-        "rollout.max_tokens=208",
+        "rollout.max_tokens=240",
         "rollout.prompts=16",
     ]
 

@@ -1,0 +1,188 @@
+"""A comparison as a table: for a terminal and as markdown, from compare.results alone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .console import size
+
+Row = tuple[str, list[str]]
+Results = Mapping[str, Any]
+
+
+def rows(results: Results) -> tuple[list[str], list[Row]]:
+    """Arms that have results, and a row a quantity."""
+    arms = {name: value for name, value in results["arms"].items() if "error" not in value}
+    reference = results["reference"]
+    target = f"{results['target_accuracy']:.1%}"
+    out: list[Row] = []
+
+    def row(title: str, cell: Callable[[Mapping[str, Any]], str]) -> None:
+        out.append((title, [cell(value) for value in arms.values()]))
+
+    row("learning rate, best of its grid", _rate)
+    row("held-out accuracy (95 %)", lambda v: interval(v["accuracy"]))
+    row("lowest and highest seed", _spread)
+    row("training reward, mean of all steps", lambda v: f"{v['mean_reward']:.3f}")
+    row(f"less {reference}'s, same problems (95 %)", _against)
+    row("McNemar's exact p, by seed", _mcnemar)
+    row(f"steps to {target}, by evaluations", lambda v: _reached(v, "steps", "{:.0f}"))
+    row(f"seconds of training to {target}", lambda v: _reached(v, "seconds", "{:.0f}"))
+    row("checkpoint + patch: accuracy (95 %)", lambda v: interval(v["applied"]))
+    row("that, less the trained policy's (95 %)", _applied)
+    row(
+        "norm of the update lost by merging", lambda v: f"{v['merge_lost']:.1%}" if "merge_lost" in v else "0"
+    )
+    row("changed entries, any bit", lambda v: f"{v['changed_any'] / v['parameters']:.2%}")
+    row("changed entries, by more than 1e-5", lambda v: f"{v['changed_1e5'] / v['parameters']:.2%}")
+    row("patch, bytes", lambda v: f"{v['patch_bytes']:,.0f}")
+    row("adapter, bytes", lambda v: f"{v['adapter_bytes']:,.0f}" if "adapter_bytes" in v else "-")
+    row("peak memory, its libraries included", lambda v: _bytes(v["peak_memory_bytes"]))
+    row("  weights and patch in memory", lambda v: _bytes(v["weights_bytes"]))
+    row("  masters, states or adapters", lambda v: _bytes(v["optimizer_bytes"]))
+    row("  gradient of the whole model", lambda v: _bytes(v["gradient_bytes"]))
+    row("  KV pool, planned", lambda v: size(v["plan"]["generating"]["KV pool"]))
+    row("  activations and boundaries, planned", lambda v: size(_activations(v["plan"]["learning"])))
+    for phase in ("generate", "verify", "learn"):
+        row(f"seconds a step: {phase}", lambda v, phase=phase: f"{v['step_seconds'][phase]:.2f}")  # type: ignore[misc]
+    row("tokens sampled a second", lambda v: f"{v['tokens_per_s']:,.0f}")
+    row("seconds of a run's training", lambda v: f"{v['train_seconds']:.0f}")
+    return list(arms), out
+
+
+def interval(value: Mapping[str, float]) -> str:
+    return f"{value['value']:.1%} ({value['low']:.1%} to {value['high']:.1%})"
+
+
+def points(value: Mapping[str, float]) -> str:
+    """A difference in percentage points."""
+    low, high = 100 * value["low"], 100 * value["high"]
+    return f"{100 * value['value']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _rate(value: Mapping[str, Any]) -> str:
+    return f"{value['lr']:g}{' (edge)' if value['edge'] else ''}"
+
+
+def _spread(value: Mapping[str, Any]) -> str:
+    last = [run["curve"][-1]["accuracy"] for run in value["runs"]]
+    return f"{min(last):.1%}, {max(last):.1%}"
+
+
+def _against(value: Mapping[str, Any]) -> str:
+    found = value.get("against")
+    if found is None:
+        return "-"
+    return found["error"] if "error" in found else f"{points(found)}: {found['verdict']}"
+
+
+def _mcnemar(value: Mapping[str, Any]) -> str:
+    found = value.get("against", {}).get("mcnemar_p")
+    return ", ".join(f"{p:.2g}" for p in found) if found else "-"
+
+
+def _reached(value: Mapping[str, Any], key: str, form: str) -> str:
+    found = value["reached"]
+    if found[key] is None:
+        return f"{found['seeds']} of {len(value['runs'])} seeds"
+    return form.format(found[key])
+
+
+def _applied(value: Mapping[str, Any]) -> str:
+    if value["kind"] != "lora" and value["weights"] == "bf16":
+        return "0, exact"
+    return points(value["applied_less_trained"])
+
+
+def _bytes(count: float) -> str:
+    return size(round(count)) if count else "0"
+
+
+def _activations(learning: Mapping[str, int]) -> int:
+    return learning["boundary states"] + learning["micro-batch"] + learning["gradient scratch"]
+
+
+def _notes(results: Results) -> list[str]:
+    notes = [
+        "Same problems, rollout seeds, loss and layer-by-layer pass for all; each arm had the same number of "
+        "runs, its learning rate chosen by training reward, not by held-out problems.",
+        "Intervals: bootstrap over problems and seeds (10,000 draws); an accuracy's is at least Wilson's. A "
+        "difference whose interval has 0 in it is called within noise.",
+    ]
+    for name, value in results["arms"].items():
+        if "error" in value:
+            notes.append(f"{name} has no result: {value['error']}")
+        elif value["edge"]:
+            notes.append(
+                f"{name}: the best learning rate is at the edge of its grid; a wider one may do better"
+            )
+        if "error" not in value and len(value["seeds_finished"]) < len(results["seeds"]):
+            seeds = ", ".join(map(str, value["seeds_finished"]))
+            notes.append(f"{name}: only seeds {seeds} of {len(results['seeds'])} finished")
+    return notes + [f"failed: {folder}: {why}" for folder, why in results["failed"].items()]
+
+
+def text(results: Results) -> str:
+    """For a terminal."""
+    names, body = rows(results)
+    lines = [["", *names], *([title, *cells] for title, cells in body)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
+    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([*(line.rstrip() for line in shown if names), "", *_notes(results)])
+
+
+def markdown(results: Results, command: Sequence[str]) -> str:
+    """The table, the grids, the curves and the commands, as a file of its own."""
+    names, body = rows(results)
+    blocks = [
+        f"# Comparison: {', '.join(results['arms'])}",
+        f"`{shlex.join(command)}`",
+        _table(["", *names], [[title, *cells] for title, cells in body]),
+        "\n".join(f"- {note}" for note in _notes(results)),
+        "## Learning rates (first seed)",
+        _table(
+            ["arm", "learning rate", "reward, second half", "held-out accuracy"],
+            [
+                [name, f"{point['lr']:g}", *_grid_cells(point)]
+                for name, value in results["arms"].items()
+                for point in value["grid"]
+            ],
+        ),
+    ]
+    done = {name: results["arms"][name] for name in names}
+    if done:
+        blocks += ["## Held-out accuracy by step (mean, lowest to highest seed)", _curves(done)]
+        commands = [run["command"] for value in done.values() for run in value["runs"]]
+        blocks += ["## Each run again", "```sh\n" + "\n".join(commands) + "\n```"]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _grid_cells(point: Mapping[str, Any]) -> list[str]:
+    if point["error"] is not None:
+        return [point["error"], "-"]
+    return [f"{point['reward']:.3f}", f"{point['accuracy']['value']:.1%}"]
+
+
+def _curves(arms: Mapping[str, Any]) -> str:
+    by_step: dict[int, dict[str, list[float]]] = {}
+    for name, value in arms.items():
+        for run in value["runs"]:
+            for point in run["curve"]:
+                by_step.setdefault(point["step"], {}).setdefault(name, []).append(point["accuracy"])
+
+    def cell(found: list[float] | None) -> str:
+        if not found:
+            return "-"
+        return f"{sum(found) / len(found):.1%} ({min(found):.1%} to {max(found):.1%})"
+
+    lines = [
+        [str(step), *(cell(found.get(name)) for name in arms)] for step, found in sorted(by_step.items())
+    ]
+    return _table(["step", *arms], lines)
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
