@@ -227,6 +227,7 @@ def correction_name(recipe: Recipe) -> str:
 KV_BUFFER = 128  # entries: Sparse-RL compresses every 128 tokens
 # entries: with fewer, the window of last queries (8) or the first entries (4) leave nothing to choose
 LEAST_KV_BUDGET = {"rkv": 9, "snapkv": 9, "h2o": 2, "streaming": 5}
+WITHOUT_RATIO = frozenset({"rloo"})  # REINFORCE itself: right for one step of each rollout batch only
 UNGROUPED = frozenset({"reinforce++"})  # baseline over the batch: a group of one is enough
 UNCLIPPED = frozenset({"rloo"})  # no ratio to clip
 
@@ -453,6 +454,14 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
         raise InputError(
             f"{where}: [learner] minibatches = {recipe.learner.minibatches} with [rollout] prompts = "
             f"{rollout.prompts}: a minibatch is whole groups; expected at most one for each prompt"
+        )
+    several = max(learner.minibatches, learner.epochs)
+    if several > 1 and recipe.loss.algorithm in WITHOUT_RATIO:
+        name = "minibatches" if learner.minibatches > 1 else "epochs"
+        raise InputError(
+            f"{where}: [learner] {name} = {getattr(learner, name)} with [loss] algorithm = "
+            f"{_show(recipe.loss.algorithm)}, which has no ratio to the policy that sampled: after the first "
+            f'step its gradient is wrong; leave {name} out, or take algorithm = "grpo"'
         )
     check_compression(rollout, where)
     if rollout.generator == "engine" and rollout.gguf is not None:

@@ -513,3 +513,10 @@ def test_keys_that_only_one_generator_has_are_refused_with_the_other():
     assert "evicts nothing" in message
     assert "q8_0" in refusal("rollout.generator=llama.cpp", "rollout.gguf=q4_0")
     assert "has no adapters" in refusal("rollout.generator=llama.cpp", "learner.kind=lora", "learner.rank=4")
+
+
+@pytest.mark.parametrize("key", ["minibatches", "epochs"])
+def test_an_algorithm_without_a_ratio_takes_one_step_of_a_rollout_batch(key):
+    message = refusal("loss.algorithm=rloo", f"learner.{key}=2")
+    assert f"{key} = 2" in message and "no ratio" in message and '"grpo"' in message
+    assert config.read_recipe(SMALL, ["loss.algorithm=rloo"]).learner.epochs == 1

@@ -527,6 +527,7 @@ def test_config_and_loss_know_the_same_algorithms():
     words = get_args(get_type_hints(config.Loss)["algorithm"])
     assert sorted(words) == NAMES
     assert {n for n, a in ALGORITHMS.items() if a.advantage == "batch"} == config.UNGROUPED
+    assert {n for n, a in ALGORITHMS.items() if a.term == "plain"} == config.WITHOUT_RATIO
     assert {n for n, a in ALGORITHMS.items() if a.term == "plain"} == config.UNCLIPPED
 
 

@@ -277,7 +277,7 @@ def test_out_of_memory_halves_the_micro_batch_and_leaves_nothing_of_the_failed_t
 ) -> None:
     groups = groups_of(tiny, lambda i: float(i == 0))
     before, micro_tokens = snapshot(tiny), tiny.learner.micro_tokens
-    real, calls, said = type(tiny.learner)._layer_backward, [0], []
+    real, calls, said = type(tiny.learner)._backward, [0], []
 
     def backward(*arguments: Any) -> None:
         calls[0] += 1
@@ -285,7 +285,7 @@ def test_out_of_memory_halves_the_micro_batch_and_leaves_nothing_of_the_failed_t
             raise torch.OutOfMemoryError("made here")
         real(*arguments)
 
-    monkeypatch.setattr(type(tiny.learner), "_layer_backward", backward)
+    monkeypatch.setattr(type(tiny.learner), "_backward", backward)
     step = learn_within_memory(tiny.learner, tiny.recipe, groups, said.append)
     assert step is not None and step.commit.entries > 0
     assert tiny.learner.micro_tokens == micro_tokens // 4
@@ -307,7 +307,7 @@ def test_memory_that_never_suffices_ends_the_run_with_the_weights_as_they_were(
     def backward(*_: Any) -> None:
         raise torch.OutOfMemoryError("made here")
 
-    monkeypatch.setattr(type(tiny.learner), "_layer_backward", backward)
+    monkeypatch.setattr(type(tiny.learner), "_backward", backward)
     with pytest.raises(FrugalError, match="out of memory with micro-batches"):
         learn_within_memory(tiny.learner, tiny.recipe, groups, QUIET.say)
     assert same_bits(before, tiny.policy.weights.tensors)

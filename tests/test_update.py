@@ -143,7 +143,7 @@ def test_a_minibatch_without_signal_costs_no_step_and_its_rollouts_count_in_no_o
     assert learned.commit.norm == pytest.approx(expected.commit.norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "reinforce++", "dapo"])
+@pytest.mark.parametrize("algorithm", ["grpo", "reinforce++", "dapo"])
 def test_a_kl_is_to_the_base_and_advantages_are_of_the_whole_batch(
     algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +174,7 @@ def test_a_kl_is_to_the_base_and_advantages_are_of_the_whole_batch(
         assert torch.equal(batch.reference_BT, base_BT[rows, :width])
         expected = advantage[rows, :width] if advantage.ndim == 2 else advantage[rows]
         assert torch.equal(batch.advantage, expected)
-        assert (advantage.ndim == 2) == (algorithm in ("rloo", "reinforce++"))
+        assert (advantage.ndim == 2) == (algorithm == "reinforce++")
 
 
 # --- the pre-flight
@@ -201,7 +201,7 @@ def test_a_preflight_is_the_longest_micro_batch_forward_and_backward(
     micro_tokens: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes, backward = [], []
-    through, real = Learner._through, Learner._layer_backward
+    through, real = Learner._through, Learner._backward
     with session_of() as session:
         session.learner.micro_tokens = micro_tokens
 
@@ -210,11 +210,11 @@ def test_a_preflight_is_the_longest_micro_batch_forward_and_backward(
             through(learner, index, batch, states)
 
         def back(*arguments: Any) -> None:
-            backward.append(arguments[1])
+            backward.extend(reversed(arguments[1]))
             real(*arguments)
 
         monkeypatch.setattr(Learner, "_through", noted)
-        monkeypatch.setattr(Learner, "_layer_backward", back)
+        monkeypatch.setattr(Learner, "_backward", back)
         fly(session, [])
         layers = len(session.policy.decoder.layers)
     assert shapes == [[(count, 43)]] * layers
@@ -247,7 +247,7 @@ def test_a_preflight_holds_the_boundary_states_of_the_sequences_that_it_leaves_o
 def test_memory_that_runs_out_in_the_preflight_halves_the_micro_batch_and_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real, widths, said = Learner._layer_backward, [], list[str]()
+    real, widths, said = Learner._backward, [], list[str]()
 
     def backward(learner: Learner, index: int, batch: Any, *rest: Any) -> None:
         widths.append(batch.tokens[0].numel())
@@ -255,7 +255,7 @@ def test_memory_that_runs_out_in_the_preflight_halves_the_micro_batch_and_is_tol
             raise torch.OutOfMemoryError("made here")
         real(learner, index, batch, *rest)
 
-    monkeypatch.setattr(Learner, "_layer_backward", backward)
+    monkeypatch.setattr(Learner, "_backward", backward)
     with session_of() as session:
         session.learner.micro_tokens = 43 * 16
         fly(session, said)
@@ -359,7 +359,7 @@ def test_out_of_memory_in_the_second_minibatch_runs_only_that_one_again(
 ) -> None:
     recipe, groups, said = load_recipe("tiny", TWO), make_groups(), list[str]()
     _, learner = make_learner()
-    real, calls, sizes = Learner._layer_backward, [0], []
+    real, calls, sizes = Learner._backward, [0], []
     step = Learner.step
 
     def backward(*arguments: Any) -> None:
@@ -372,7 +372,7 @@ def test_out_of_memory_in_the_second_minibatch_runs_only_that_one_again(
         sizes.append((len(arguments[0]), learner.micro_tokens))
         return step(learner, *arguments)
 
-    monkeypatch.setattr(Learner, "_layer_backward", backward)
+    monkeypatch.setattr(Learner, "_backward", backward)
     monkeypatch.setattr(Learner, "step", noted)
     learned = learn_within_memory(learner, recipe, groups, said.append)
     assert learned is not None
