@@ -103,6 +103,8 @@ class Rollout:
     top_p: Share | None = None  # and among the likeliest that have this probability together
     min_p: Share | None = None  # and among those with this share of the likeliest one's probability
     stop: Text | Texts | None = None  # strings that end a response, besides the model's stop tokens
+    # a response cut off at max_tokens is judged as any other; is no answer, paid 0; or is judged, not learned
+    truncated: Literal["judge", "no_answer", "mask"] = "judge"
     kv_budget: Count | None = None  # entries that stay when a slot's KV cache is full; absent: nothing leaves
     kv_buffer: Count | None = None  # entries of a slot besides those; absent: 128
     eviction: Literal["rkv", "snapkv", "h2o", "streaming", "none"] | None = None  # absent: rkv
@@ -435,6 +437,11 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
         raise InputError(
             f"{where}: [learner] minibatches = {recipe.learner.minibatches} with [rollout] prompts = "
             f"{rollout.prompts}: a minibatch is whole groups; expected at most one for each prompt"
+        )
+    if rollout.truncated == "mask" and loss.kl:
+        raise InputError(
+            f'{where}: [rollout] truncated = "mask" with [loss] kl = {loss.kl:g}: every response has a '
+            'KL; leave one of them out, or say truncated = "no_answer"'
         )
     check_compression(rollout, where)
     if recipe.train.patience is not None and recipe.train.eval_every is None:
