@@ -246,6 +246,16 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             " ",
         ),
         (r"\\[dtc]frac", r"\\frac"),
+        (r"\\[dt]?binom\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])", r"\\binom{\1}{\2}"),
+        (r"\\log\s*_\s*(\d)", r"\\log_{\1}"),
+        (r"(?<=\d)\s*[xX]\s*(?=10\^)", r"\\times "),
+        (r"(\d+)\s*(?:\\text\{\s*out of\s*\}|out of)\s*(\d+)", r"\\frac{\1}{\2}"),
+        (r"\\text\{\s*(?:negative|minus)\s*\}\s*(?=\d)", "-"),
+        (r"\\text\{\s*([0-9A-F]+)\s*\}(?=_)", r"\1"),
+        (r"\\(?:hat|vec|widehat|overrightarrow)\s*\{?\s*(?:\\([ij])math|([ijk]))(?![a-z])\s*\}?", r"\1\2"),
+        (r"\\pmod\s*\{?\s*(\d+)\s*\}?", r"\\pmod{\1}"),
+        (r"\(?\\(?:text|mathrm)\{\s*mod\s+(\d+)\s*\}\)?", r"\\pmod{\1}"),
+        (r"^([a-zA-Z])\s*\\equiv\s*", ""),
         (r"\\frac\s*([0-9a-zA-Z]|\\pi)", r"\\frac{\1}"),
         (r"(\\frac\{[^{}]*\})\s*([0-9a-zA-Z]|\\pi)", r"\1{\2}"),
         (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
@@ -272,7 +282,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"^\\text\{\s*(?:DNE|D\.N\.E\.?)\s*\}$|^DNE$", r"\\text{does not exist}"),
         (r"\\text\{\s*(?:positive )?infinity\s*\}|^infinity$", r"\\infty"),
         (r"^\\text\{\s*(?:(?:there (?:are|is)|(?:in )?(?:the )?year|(?:a )?total of) ?)\s*\}", ""),
-        (r"\\text\{\s*([ie])\s*\}", r"\1"),
+        (r"\\text\{\s*([iejk])\s*\}", r"\1"),
         (r"\\text\{\s*([-+]?[\d.]+ [^{}]*)\}$", r"\1"),  # \text{10 meters}
         (r"\\(?:text)?color\s*\{\w+\}|\\underline(?=\{)", ""),
         (r"\\(?:bf|rm|it|large|Large|LARGE|huge|Huge|normalsize|textstyle|scriptstyle)(?![a-zA-Z])", ""),
@@ -342,25 +352,31 @@ def normalise(text: str) -> str:
     return _strip_round_brackets(_LOOSE_SPACE.sub("", spaced))
 
 
-_FONT = re.compile(
-    r"^\\(?:mathbf|boldsymbol|bm|mathrm|mathit|mathsf|pmb|text|textbf|textrm|ensuremath|emph)\s*\{(.*)\}$",
+_WRAPPED = re.compile(
+    r"^(\\(?:mathbf|boldsymbol|bm|pmb|mathrm|mathit|mathsf|ensuremath)|\\(?:text|textbf|textrm|emph)|)"
+    r"\s*\{(.*)\}$",
     re.DOTALL,
 )
 _FORMULA = re.compile(r"\\(?!text|mathrm|mbox|q?quad)[a-zA-Z]{2,}|\$")
 
 
 def _unwrapped(text: str) -> str:
-    r"""`\mathbf{\frac{1}{2}}` and `\text{$x$}` without the font; words keep it."""
-    match = _FONT.match(text)
-    if match is None or not _FORMULA.search(match[1]):
+    r"""`{5}`, `\mathbf{\frac{1}{2}}` and `\text{$x$}` without the braces and the font; words keep it."""
+    match = _WRAPPED.match(text)
+    if match is None:
+        return text
+    font, inner = match.groups()
+    if font.startswith((r"\text", r"\emph")) and not _FORMULA.search(inner):
+        return text
+    if re.fullmatch("[A-Za-z ]*", inner) if font else re.search(r"\\(?:choose|over|atop)(?![a-z])", inner):
         return text
     depth = 0
-    for token in _BRACES.findall(match[1]):
+    for token in _BRACES.findall(inner):
         depth += token.endswith("{") and token != r"\{"
         depth -= token == "}"
         if depth < 0:  # the first brace closes before the end
             return text
-    return match[1].strip() if not depth else text
+    return inner.strip() if not depth else text
 
 
 def _to_ascii(text: str) -> str:

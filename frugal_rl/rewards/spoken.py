@@ -1,8 +1,9 @@
-"""What people say in words: whole numbers, days of the year, times of day. Texts in small letters."""
+"""What people say in words: numbers, days of the year, times of day. Texts in small letters."""
 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from typing import Final
 
 _FIRST: Final = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
@@ -49,6 +50,32 @@ def whole_number(text: str) -> int | None:
     return total + part if "zero" not in said or len(said) == 1 else None
 
 
+_PARTS: Final = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6} | {
+    "seventh": 7,
+    "eighth": 8,
+    "ninth": 9,
+    "tenth": 10,
+    "hundredth": 100,
+}
+
+
+def number(text: str) -> Fraction | None:
+    """A whole number, or `half`, `a third`, `three quarters`, `minus two`."""
+    for sign in ("minus ", "negative "):
+        if text.startswith(sign):
+            value = number(text.removeprefix(sign))
+            return None if value is None else -value
+    whole = whole_number(text)
+    if whole is not None:
+        return Fraction(whole)
+    above, _, part = text.replace("-", " ").rpartition(" ")
+    below = _PARTS.get(part.removesuffix("s"))
+    count = 1 if above in ("", "a", "one") else whole_number(above)
+    if below is None or not count or (above == "" and part != "half"):
+        return None
+    return Fraction(count, below)
+
+
 def date(text: str) -> tuple[int, int, int | None] | None:
     """Month, day and year, where it is said, of `June 5th, 2020` or `5 June`."""
     for pattern, (month, day, year) in _DATES:
@@ -60,6 +87,8 @@ def date(text: str) -> tuple[int, int, int | None] | None:
 
 def time(text: str) -> tuple[int, int, str] | None:
     """Hour, minute and half of the day ("a", "p"; "" where it is not said) of `3:30 p.m.` or `15:30`."""
+    if text in ("noon", "12:00 noon", "12 noon", "midnight", "12:00 midnight"):
+        return 12, 0, "p" if "noon" in text else "a"
     if found := _TIME.fullmatch(text):
         return int(found[1]), int(found[2] or 0), found[3]
     if found := _CLOCK.fullmatch(text):

@@ -45,7 +45,8 @@ _SET_BUILDER = re.compile(r"^\\\{([A-Za-z])(?:\\in\(-\\infty,\\infty\))?(?:\\mid
 _NAME = re.compile(
     r"(?:m?\\angle ?)?"
     r"(?:\|?(?:[A-Za-z]|\\(?!frac|sqrt|text|pi(?![a-z]))[a-z]+|\\(?:overline|vec|hat|bar)\{\w+\})"
-    r"(?:[A-Z]{0,3}|'*)(?:_(?:\{[\w,]+\}|\w))?'*(?:\([\w,.^{}+-]*\))?\|?|\\text\{[A-Za-z ()'.-]+\})"
+    r"(?:[A-Z]{0,3}|'*)(?:_(?:\{[\w,]+\}|\w))?'*"
+    r"(?:\((?:[\w,.^{}+=<> -]|\\(?:cap|cup|mid|leq|geq|text\{[\w ]*\}))*\))?\|?|\\text\{[A-Za-z ()'.-]+\})"
     r"(?:\^\{-1\}\(\w\))?|\\frac\{d(?:\^\{\d\})?[a-z]?\}\{d[a-z](?:\^\{\d\})?\}"
 )
 _NAMES = re.compile(rf"(?:{_NAME.pattern})(?:[+-](?:{_NAME.pattern}))*")
@@ -187,8 +188,8 @@ def _same(gold: str, answer: str, leaf: Leaf) -> bool | None:
         if one[:1].isupper() and one[1:2] == other[:1] == "(" and len(split_list(one[1:]).items) > 1:
             return _same(one[1:], other, leaf) if flip else _same(other, one[1:], leaf)  # P(1,2) is (1,2)
     for rule in (
-        _as_words,
         _as_time_or_ratio,
+        _as_words,
         _as_several,
         _as_spans,
         _as_equation,
@@ -250,9 +251,10 @@ def _as_words(gold: str, answer: str, leaf: Leaf) -> Any:
         article = re.compile(r"^(?:the|an?) ")
         return article.sub("", said).replace("-", " ") == article.sub("", heard).replace("-", " ")
     for one, other, flip in ((said, answer, False), (heard, gold, True)):
-        number = spoken.whole_number(one) if one else None
+        number = spoken.number(one) if one else None
         if number is not None:
-            return _same(other, str(number), leaf) if flip else _same(str(number), other, leaf)
+            digits = rf"\frac{{{number.numerator}}}{{{number.denominator}}}"
+            return _same(other, digits, leaf) if flip else _same(digits, other, leaf)
         if one is not None and not _EVERYTHING.fullmatch(one):
             return False
     return NotImplemented
@@ -375,11 +377,11 @@ def _as_spans(gold: str, answer: str, leaf: Leaf) -> Any:
     if gold in (r"\infty", r"-\infty") or answer.removeprefix("+") in (r"\infty", r"-\infty"):
         return gold == answer.removeprefix("+")
     mine, theirs = spans_of(gold), spans_of(answer)
+    if None in (mine, theirs) and bool(_MEMBER.match(answer)) != bool(_MEMBER.match(gold)):
+        return _same(_MEMBER.sub("", gold), _MEMBER.sub("", answer), leaf)
     if mine is None and theirs is None:
         return _as_inequality(gold, answer, leaf)
     if mine is None or theirs is None:
-        if _MEMBER.match(answer) and not _MEMBER.match(gold):
-            return _same(gold, _MEMBER.sub("", answer), leaf)
         return (
             False
             if re.search(r"\\(?:setminus|cap|mathbb)|\\backslash", gold + answer) is None
