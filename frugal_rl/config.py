@@ -104,6 +104,8 @@ class Rollout:
     top_p: Share | None = None  # and among the likeliest that have this probability together
     min_p: Share | None = None  # and among those with this share of the likeliest one's probability
     stop: Text | Texts | None = None  # strings that end a response, besides the model's stop tokens
+    # a response cut off at max_tokens is judged as any other; is no answer, paid 0; or is judged, not learned
+    truncated: Literal["judge", "no_answer", "mask"] = "judge"
     kv_budget: Count | None = None  # entries that stay when a slot's KV cache is full; absent: nothing leaves
     kv_buffer: Count | None = None  # entries of a slot besides those; absent: 128
     eviction: Literal["rkv", "snapkv", "h2o", "streaming", "none"] | None = None  # absent: rkv
@@ -462,6 +464,11 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
             f"{where}: [learner] {name} = {getattr(learner, name)} with [loss] algorithm = "
             f"{_show(recipe.loss.algorithm)}, which has no ratio to the policy that sampled: after the first "
             f'step its gradient is wrong; leave {name} out, or take algorithm = "grpo"'
+        )
+    if rollout.truncated == "mask" and loss.kl:
+        raise InputError(
+            f'{where}: [rollout] truncated = "mask" with [loss] kl = {loss.kl:g}: every response has a '
+            'KL; leave one of them out, or say truncated = "no_answer"'
         )
     check_compression(rollout, where)
     if rollout.generator == "engine" and rollout.gguf is not None:

@@ -118,9 +118,18 @@ class Verifier:
     def submit(self, problem: Golden, response: str) -> Future[Judgement]:
         """The same without waiting: generation goes on while workers verify."""
         futures = [self._submit(part, problem, response) for part in self.parts]
-        if len(futures) == 1 and self.parts[0].weight == 1:
-            return futures[0]
-        return _summed(self.parts, futures)
+        return _summed(self.parts, futures) if self._is_sum else futures[0]
+
+    def unanswered(self, detail: str) -> Future[Judgement]:
+        """A response that is not judged: NO_ANSWER, and every part pays 0."""
+        parts = {part.name: 0.0 for part in self.parts} if self._is_sum else {}
+        future: Future[Judgement] = Future()
+        future.set_result(Judgement(Verdict.NO_ANSWER, 0.0, 0.0, detail, parts))
+        return future
+
+    @property
+    def _is_sum(self) -> bool:
+        return len(self.parts) > 1 or self.parts[0].weight != 1
 
     def check_golds(self, problems: Sequence[G]) -> list[tuple[G, str]]:
         """The problems whose gold is not found equal to itself, with the reason.

@@ -413,6 +413,9 @@ def _generate(session: Session, problems: Sequence[Problem], drawn: int, clock: 
             for index, rollout in stream:
                 rollouts[index] = rollout
                 texts[index] = session.policy.text(rollout.response_ids)
+                if rollout.truncated and recipe.rollout.truncated == "no_answer":
+                    futures[index] = session.verifier.unanswered("cut off at rollout.max_tokens")
+                    continue
                 futures[index] = session.verifier.submit(problems[index // samples], texts[index])
     groups = []
     with clock("verify"):

@@ -305,6 +305,10 @@ class _Batch:
         reward_NG = torch.tensor([g.rewards for g in groups], dtype=torch.float32)
         length_NG = torch.tensor([[len(r.response_ids) for r in g.rollouts] for g in groups])
         advantage_B = advantages(reward_NG, ALGORITHMS[recipe.loss.algorithm], length_NG).view(-1)
+        if recipe.rollout.truncated == "mask":  # DAPO's overlong filtering: in the baseline, not in the loss
+            cut_B = torch.tensor([r.truncated for r in everyone])
+            advantage_B[cut_B] = 0
+            length_NG.view(-1)[cut_B] = 0
         # without a KL term, what has no advantage has no gradient
         rows = torch.arange(len(everyone)) if recipe.loss.kl else torch.nonzero(advantage_B).view(-1)
         if not len(rows):
@@ -336,6 +340,7 @@ class _Batch:
         algorithm, corrected = ALGORITHMS[self.recipe.loss.algorithm], self.sampled.corrected(old_BT)
         advantage, counted_NG = self.advantage, self.length_NG.clone()
         counted_NG.view(-1)[self.sampled.place_A] -= self.sampled.left_out(corrected)
+        counted_NG.clamp_(min=0)  # what is not learned from counts 0 already
         if self.reference_BT is not None and algorithm.kl == "reward":
             advantage = advantages_with_kl(
                 self.reward_NG, algorithm, old_BT, self.reference_BT, self.mask_BT, self.recipe.loss.kl

@@ -39,6 +39,7 @@ LEVELS = [
         "checkpoint",
         "rewards.workers",
         "rewards.quantities",
+        "rewards.spoken",
         "rewards.answers",
         "rewards.structure",
         "rewards.judges",

@@ -321,6 +321,36 @@ def test_uncorrected_is_refused_beside_a_correction(word):
     assert 'allows "off" and nothing else' in refusal("loss.uncorrected=true", f"loss.correction={word}")
 
 
+def test_a_table_of_switches_is_read_written_and_typed():
+    recipe = read_recipe(SMALL, ['data.template={enable_thinking=false, "a b"=1.5, effort="low"}'])
+    assert recipe.data.template == {"enable_thinking": False, "a b": 1.5, "effort": "low"}
+    assert read_recipe(recipe.to_toml()) == recipe
+    for bad in ("data.template={}", "data.template=x", "data.template={a=[1]}", "data.template=[1]"):
+        assert "expected a table of such as {name = value}, each value true or false" in refusal(bad)
+    assert 'template with format = "plain"' in refusal("data.format=plain", "data.template={a=1}")
+
+
+def test_limits_of_difficulty_need_samples_and_each_other():
+    assert "without solve_samples" in refusal("data.solve_above=0.1")
+    assert "no share is between them" in refusal(
+        "data.solve_samples=8", "data.solve_above=0.5", "data.solve_below=0.5"
+    )
+    assert "expected a finite number at least 0 and below 1" in refusal("data.solve_above=1.0")
+    data = read_recipe(SMALL, ["data.solve_samples=8"]).data
+    assert (data.solve_above, data.solve_below) == (0.0, 1.0)
+
+
+def test_masking_truncated_responses_is_refused_beside_a_kl():
+    read_recipe(SMALL, ["rollout.truncated=mask"])
+    assert 'truncated = "mask" with [loss] kl = 0.1' in refusal("rollout.truncated=mask", "loss.kl=0.1")
+
+
+@pytest.mark.parametrize("source", ["rows.jsonl", "rows.parquet", "hub:a/b", "hub:./folder:test"])
+def test_rows_of_every_kind_have_fields_and_may_be_held_out(source):
+    data = read_recipe(SMALL, [f"data.source={source}", "data.prompt=q", f"data.heldout={source}"]).data
+    assert (data.source, data.prompt, data.heldout) == (source, "q", source)
+
+
 def test_a_system_message_is_refused_where_there_is_no_chat():
     assert 'say format = "chat"' in refusal("data.format=plain", "data.system=x")
 

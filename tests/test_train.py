@@ -223,6 +223,25 @@ def test_each_draw_of_a_problem_has_its_own_random_numbers(tiny: loop.Session) -
     assert texts[0] != texts[1]
 
 
+def test_a_truncated_response_is_marked_and_treated_as_the_recipe_says() -> None:
+    short = [*SMALL, "rollout.max_tokens=3", "reward.kind=tags(x) + 0.5 * overlong(0, 1)"]
+    verdicts = {}
+    for truncated in ("judge", "no_answer"):
+        with session_of(load_recipe("tiny", [*short, f"rollout.truncated={truncated}"])) as session:
+            groups = loop._generate(session, session.problems.train[:4], 0, loop._Clock())
+        ended = session.policy.stop_ids
+        rollouts = [r for group in groups for r in group.rollouts]
+        marked = [r.truncated for r in rollouts]
+        assert marked == [int(r.response_ids[-1]) not in ended for r in rollouts] and any(marked)
+        judged = [one for group in groups for one in group.judgements]
+        verdicts[truncated] = [
+            (one.verdict, one.reward) for one, cut in zip(judged, marked, strict=True) if cut
+        ]
+    assert {one for one, _ in verdicts["judge"]} == {Verdict.WRONG}
+    assert set(verdicts["no_answer"]) == {(Verdict.NO_ANSWER, 0.0)}
+    assert all(paid == -0.5 for _, paid in verdicts["judge"])
+
+
 def test_a_step_that_is_dropped_is_said_and_journalled(tiny: loop.Session, tmp_path: Path) -> None:
     said: list[str] = []
     report = loop.Reporter(said.append, lambda row: None)

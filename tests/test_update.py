@@ -129,6 +129,44 @@ def test_one_minibatch_takes_the_learners_own_old_policy(monkeypatch: pytest.Mon
     assert learned.stats["ratio_max"] == 1.0
 
 
+@pytest.mark.parametrize("correction", ["off", "tis"])
+def test_a_masked_truncated_response_is_in_the_baseline_and_neither_in_the_loss_nor_in_its_counts(
+    correction: str,
+) -> None:
+    """With the old policy its own, the loss is -sum(A * tokens) / sum(tokens) over what is learned from."""
+    groups = make_groups()
+    cut = {(0, 1), (2, 0), (2, 3), (4, 2)}
+    for g, s in cut:
+        groups[g].rollouts[s] = replace(groups[g].rollouts[s], truncated=True)
+    recipe = load_recipe(
+        "tiny",
+        [*TWO, "learner.minibatches=1", "loss.algorithm=dapo", "rollout.truncated=mask"]
+        + ([] if correction == "off" else ["loss.correction=tis"]),
+    )
+    terms, tokens = 0.0, 0
+    for g, group in enumerate(groups):
+        signal = max(group.rewards) > min(group.rewards)
+        for s, advantage in enumerate(grpo_advantages(group)):
+            if (g, s) not in cut:
+                tokens += len(group.rollouts[s].response_ids)
+                terms += advantage * len(group.rollouts[s].response_ids) * signal
+    if correction == "off":
+        step = learn(make_learner()[1], recipe, groups)
+        assert step is not None and step.loss == pytest.approx(-terms / tokens, rel=1e-5)  # float32 sums
+    changed = []
+    for replaced in (False, True):  # what a masked response says does not matter
+        for g, s in cut if replaced else ():
+            old = groups[g].rollouts[s]
+            groups[g].rollouts[s] = replace(old, response_ids=old.response_ids[::-1].copy())
+        learner = make_learner()[1]
+        learn(learner, recipe, groups)
+        changed.append(snapshot(learner))
+    assert same_bits(*changed)
+    learner = make_learner()[1]
+    learn(learner, load_recipe("tiny", [*TWO, "learner.minibatches=1", "loss.algorithm=dapo"]), groups)
+    assert not same_bits(changed[0], snapshot(learner))
+
+
 def test_a_minibatch_without_signal_costs_no_step_and_its_rollouts_count_in_no_other() -> None:
     recipe = load_recipe("tiny", TWO)
     first, second = _minibatches(recipe, GROUPS, 1)

@@ -162,8 +162,13 @@ def phrased_answer(response: str) -> str | None:
         return None
     answers = [last[0]]
     for match, one, after in reversed(list(zip(found[:-1], said, found[1:], strict=False))):
-        if one is None or _TAKEN_BACK.search(text[match.end() : after.start()]):
+        between = text[match.end() : after.start()]
+        if _TAKEN_BACK.search(between):
             break
+        if not between.strip(" *#_\n"):  # Final answer: The final answer is 5
+            continue
+        if one is None:
+            return None
         if one[0] not in answers:
             answers.insert(0, one[0])
     return "; ".join(answers)
@@ -176,8 +181,8 @@ def _said(text: str, match: re.Match[str]) -> tuple[str, str] | None:
         return None
     tail = text[match.end() :].strip()
     end = _SENTENCE_END.search(tail)
-    if end is not None and end.group() == "?":
-        return None
+    if end is not None and (end.group() == "?" or re.match(r"[\w)}]!", tail[end.start() - 1 : end.end()])):
+        return None  # a question, or perhaps a factorial
     answer, rest = (tail[: end.start()], tail[end.end() :]) if end is not None else (tail, "")
     lines = [line for line in _FENCES.sub("\n", answer.strip()).split("\n") if line.strip(" *_#")]
     if r"\begin" not in answer and len(lines) > 1:
@@ -219,6 +224,16 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\\$\s*(-?[\d.,{}!\\]*\d)(?: ?(thousand|million|billion))?", r"\1 \\text{\2 dollars}"),
         (r"\\\$", ""),
         (r"\\text\{ ?(euros|sterling)\}\s*(\d[\d.,]*)", r"\2 \\text{\1}"),
+        (r"^(?:USD|US) ?(?=\d)([\d.,]*\d)$", r"\1 \\text{dollars}"),
+        (r"^\](.+)\]$", r"(\1]"),  # ]2,5] as in France
+        (r"^\[([^\[\]]+)\[$", r"[\1)"),
+        (r"^\]([^\[\]]+)\[$", r"(\1)"),
+        (r"\s*(?:\\(?:checkmark|blacksquare|square|Box|qed)(?![a-zA-Z])|[✓✔∎□■])\s*$", ""),
+        (r"\\mathbb\s*\{?\s*R\s*\}?\s*_\{?\s*\\ge(?:q|qslant)?\s*0\s*\}?", r"[0,\\infty)"),
+        (r"\\mathbb\s*\{?\s*R\s*\}?\s*(?:\^\{?\+\}?|_\{?\s*>\s*0\s*\}?)", r"(0,\\infty)"),
+        (r"^([a-zA-Z])\s*\\approx", r"\1="),
+        (r"\\overline\s*\{\s*([A-Z]{2})\s*\}", r"\1"),
+        (r"[,;]?\s*(?:\\q?quad|\\,)?\s*[a-z]\s*\\in\s*\\mathbb\s*\{?\s*Z\s*\}?\s*$", ""),
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits)(?![a-zA-Z])", ""),
         (r"(?<!\\)\\!|(?<![\\a-zA-Z])\{\}", ""),
@@ -231,6 +246,16 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             " ",
         ),
         (r"\\[dtc]frac", r"\\frac"),
+        (r"\\[dt]?binom\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])", r"\\binom{\1}{\2}"),
+        (r"\\log\s*_\s*(\d)", r"\\log_{\1}"),
+        (r"(?<=\d)\s*[xX]\s*(?=10\^)", r"\\times "),
+        (r"(\d+)\s*(?:\\text\{\s*out of\s*\}|out of)\s*(\d+)", r"\\frac{\1}{\2}"),
+        (r"\\text\{\s*(?:negative|minus)\s*\}\s*(?=\d)", "-"),
+        (r"\\text\{\s*([0-9A-F]+)\s*\}(?=_)", r"\1"),
+        (r"\\(?:hat|vec|widehat|overrightarrow)\s*\{?\s*(?:\\([ij])math|([ijk]))(?![a-z])\s*\}?", r"\1\2"),
+        (r"\\pmod\s*\{?\s*(\d+)\s*\}?", r"\\pmod{\1}"),
+        (r"\(?\\(?:text|mathrm)\{\s*mod\s+(\d+)\s*\}\)?", r"\\pmod{\1}"),
+        (r"^([a-zA-Z])\s*\\equiv\s*", ""),
         (r"\\frac\s*([0-9a-zA-Z]|\\pi)", r"\\frac{\1}"),
         (r"(\\frac\{[^{}]*\})\s*([0-9a-zA-Z]|\\pi)", r"\1{\2}"),
         (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
@@ -244,7 +269,20 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         ),
         (r"\\text\{\s*\\text\{([^{}]*)\}\s*\}", r"\\text{\1}"),
         (r"\\text\{\s*\}", ""),
-        (r"\\text\{\s*([ie])\s*\}", r"\1"),
+        (r"^(?:\\(?:therefore|Rightarrow|implies|Longrightarrow)(?![a-zA-Z])\s*)+", ""),
+        (
+            r"\\frac\{\s*\\text\{\s*(\w+)\s*\}\s*\}\{\s*\\text\{\s*(\w+)\s*\}(\^\{?\d\}?)?\s*\}",
+            r"\\text{\1/\2}\3",
+        ),
+        (
+            r"\\text\{\s*([a-zA-Z]+)\s*\}\s*(?:\\cdot\s*)?\\text\{\s*([a-zA-Z]+)\s*\}\^\{-1\}",
+            r"\\text{\1/\2}",
+        ),
+        (r"\\text\{\s*([a-zA-Z]+)\s*(?:\\cdot|\.|\s)\s*([a-zA-Z]+)\^\{?-1\}?\s*\}", r"\\text{\1/\2}"),
+        (r"^\\text\{\s*(?:DNE|D\.N\.E\.?)\s*\}$|^DNE$", r"\\text{does not exist}"),
+        (r"\\text\{\s*(?:positive )?infinity\s*\}|^infinity$", r"\\infty"),
+        (r"^\\text\{\s*(?:(?:there (?:are|is)|(?:in )?(?:the )?year|(?:a )?total of) ?)\s*\}", ""),
+        (r"\\text\{\s*([iejk])\s*\}", r"\1"),
         (r"\\text\{\s*([-+]?[\d.]+ [^{}]*)\}$", r"\1"),  # \text{10 meters}
         (r"\\(?:text)?color\s*\{\w+\}|\\underline(?=\{)", ""),
         (r"\\(?:bf|rm|it|large|Large|LARGE|huge|Huge|normalsize|textstyle|scriptstyle)(?![a-zA-Z])", ""),
@@ -255,7 +293,8 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"^\\text\{[A-Za-z ]+:\s*\}", ""),  # \text{Total: }5
         (r"\\text\{\s*([-+\d.,/ ]*\d)\s*\}", r"\1"),
         (r"\\text\{([^{}]*?)\^\{?([23])\}?\s*\}", r"\\text{\1}^{\2}"),  # \text{cm^2}
-        (r"(?<=\d)(?:\^\{?)?\s*\\text\{(?:st|nd|rd|th)\}\}?|(?<=\d)(?:\^\{)?(?:st|nd|rd|th)\b\}?", ""),
+        (r"(?<=\d)(?:\^\{?)?\s*\\text\{(?:st|nd|rd|th)\}\}?", ""),
+        (r"(?<=\d)(?:\^\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)", ""),
         (r"\\[lL]angle(?![a-zA-Z])", "("),
         (r"\\[rR]angle(?![a-zA-Z])", ")"),
         (r"\\(?:varnothing|emptyset)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset"),
@@ -299,6 +338,7 @@ def normalise(text: str) -> str:
         text = _to_ascii(text)
     for _ in range(4):  # \boxed{\boxed{5}}, \text{\boxed{5}}, **the answer is \boxed{5}**
         inner = last_boxed(text)
+        text = _unwrapped(text)
         bare = _LEAD_IN.sub("", _MARKDOWN.sub(r"\2", text if inner is None else inner)).strip()
         if bare == text:
             break
@@ -310,6 +350,33 @@ def normalise(text: str) -> str:
     text = _SPACE.sub(" ", text).strip().rstrip(".,;:").strip()
     spaced = TEXT.sub(lambda match: rf"\text{{{match.group(1).strip(' .,;:')}}}", text)
     return _strip_round_brackets(_LOOSE_SPACE.sub("", spaced))
+
+
+_WRAPPED = re.compile(
+    r"^(\\(?:mathbf|boldsymbol|bm|pmb|mathrm|mathit|mathsf|ensuremath)|\\(?:text|textbf|textrm|emph)|)"
+    r"\s*\{(.*)\}$",
+    re.DOTALL,
+)
+_FORMULA = re.compile(r"\\(?!text|mathrm|mbox|q?quad)[a-zA-Z]{2,}|\$")
+
+
+def _unwrapped(text: str) -> str:
+    r"""`{5}`, `\mathbf{\frac{1}{2}}` and `\text{$x$}` without the braces and the font; words keep it."""
+    match = _WRAPPED.match(text)
+    if match is None:
+        return text
+    font, inner = match.groups()
+    if font.startswith((r"\text", r"\emph")) and not _FORMULA.search(inner):
+        return text
+    if re.fullmatch("[A-Za-z ]*", inner) if font else re.search(r"\\(?:choose|over|atop)(?![a-z])", inner):
+        return text
+    depth = 0
+    for token in _BRACES.findall(inner):
+        depth += token.endswith("{") and token != r"\{"
+        depth -= token == "}"
+        if depth < 0:  # the first brace closes before the end
+            return text
+    return inner.strip() if not depth else text
 
 
 def _to_ascii(text: str) -> str:

@@ -84,7 +84,7 @@ def judge_math(gold: str, response: str) -> Quick:
     if answer is None:
         answer = phrased_answer(response)
     if answer is None:
-        return no_answer(r"no \boxed{}, ####, <answer>, and no last sentence such as 'The answer is 5.'")
+        return no_answer(r"no \boxed{}, #### or <answer>, nor a last sentence 'The answer is ...'")
     return compare_math(gold, answer)
 
 

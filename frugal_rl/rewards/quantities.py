@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Final
 
 _INT = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?!\d)|\d+)"
@@ -42,6 +43,8 @@ _NOT_UNITS = re.compile(
     r"|tenths?|halves|half|thirds|fourths|fifths|sixths|eighths|hundredths|thousandths|factorial|ish|k"
     r"|approximately|maybe|plus|minus|times|over|divided|either|between|wrong|incorrect)\b"
 )
+_COMPOUND_PART = re.compile(r"(\d+(?:\.\d+)?) ?([a-z]+)", re.ASCII)
+_COMPOUND = re.compile(rf"{_COMPOUND_PART.pattern}(?:,? ?(?:and )?{_COMPOUND_PART.pattern})+", re.ASCII)
 _SCALES: Final = {
     "dozen": 12,
     "hundred": 10**2,
@@ -144,6 +147,24 @@ def _base(name: str) -> str:
     return str(names.index(name) + 2) if name in names else name
 
 
+def _compound(text: str) -> Quantity | None:
+    """`3 hours 30 minutes`, `5 feet and 7 inches`: parts of one kind, each smaller than the one before."""
+    said = words(text)
+    if not _COMPOUND.fullmatch(said):
+        return None
+    parts = [
+        (Fraction(number), _KNOWN.get(unit) or _KNOWN.get(unit.rstrip("s")))
+        for number, unit in _COMPOUND_PART.findall(said)
+    ]
+    sizes = [known[1] for _, known in parts if known is not None]
+    kinds = {known[0] for _, known in parts if known is not None}
+    if len(sizes) < len(parts) or len(kinds) > 1 or any(a <= b for a, b in pairwise(sizes)):
+        return None
+    total = sum((number * size for (number, _), size in zip(parts, sizes, strict=True)), Fraction(0))
+    name = _COMPOUND_PART.findall(said)[0][1]
+    return Quantity(total / sizes[0], unit=name if name in _KNOWN else name.rstrip("s"))
+
+
 def quantity(text: str) -> Quantity | None:
     """A normalised text that is a number, with at most a percent sign or a unit after it."""
     found = _number(text)
@@ -158,7 +179,7 @@ def quantity(text: str) -> Quantity | None:
         return None
     unit = unit_of(rest)
     if unit is None:
-        return None
+        return _compound(text)
     value = number.value
     first, _, others = unit.partition(" ")
     if first in _SCALES:

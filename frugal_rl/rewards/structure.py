@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+from frugal_rl.rewards import spoken
 from frugal_rl.rewards.quantities import TEXT, quantity, same_quantity, unit_of, unit_ratio, words
 
 Leaf = Callable[[str, str], bool | None]
@@ -35,15 +36,18 @@ _CONNECTIVE = re.compile(r",? ?\\text\{,? ?(?:and|or|and/or)\}|(?<![A-Za-z]),? ?
 _HEDGES = re.compile(
     r"(?<![a-z])(?:either|not|maybe|perhaps|more|less|least|most|about|approximately|wrong)(?![a-z])"
 )
-_RESTATED = re.compile(r"\\(?:int|iint|sum|prod|lim|max|min|gcd|lcm|bmod|pmod|det|approx)(?![a-zA-Z])")
+_RESTATED = re.compile(
+    r"\\(?:int|iint|sum|prod|lim|max|min|gcd|lcm|bmod|pmod|det|approx|[lc]?dots)(?![a-zA-Z])"
+)
 _APART = re.compile(r"(?<![0-9]{3})\d (?=\d)", re.ASCII)
 _MEMBER = re.compile(r"^[A-Za-z]\\in(?![a-zA-Z])")
 _SET_BUILDER = re.compile(r"^\\\{([A-Za-z])(?:\\in\(-\\infty,\\infty\))?(?:\\mid|\\vert|\||:)(.*)\\\}$")
 _NAME = re.compile(
     r"(?:m?\\angle ?)?"
     r"(?:\|?(?:[A-Za-z]|\\(?!frac|sqrt|text|pi(?![a-z]))[a-z]+|\\(?:overline|vec|hat|bar)\{\w+\})"
-    r"(?:[A-Z]{0,3}|'*)(?:_(?:\{[\w,]+\}|\w))?'*(?:\([\w,.^{}+-]*\))?\|?|\\text\{[A-Za-z ()'.-]+\})"
-    r"(?:\^\{-1\}\(\w\))?"
+    r"(?:[A-Z]{0,3}|'*)(?:_(?:\{[\w,]+\}|\w))?'*"
+    r"(?:\((?:[\w,.^{}+=<> -]|\\(?:cap|cup|mid|leq|geq|text\{[\w ]*\}))*\))?\|?|\\text\{[A-Za-z ()'.-]+\})"
+    r"(?:\^\{-1\}\(\w\))?|\\frac\{d(?:\^\{\d\})?[a-z]?\}\{d[a-z](?:\^\{\d\})?\}"
 )
 _NAMES = re.compile(rf"(?:{_NAME.pattern})(?:[+-](?:{_NAME.pattern}))*")
 _CHOICE = re.compile(r"^(?:\\text\{)?(?:option|choice|answer)? ?\(?([A-Ha-h])\)?[).:]?\}?$", re.IGNORECASE)
@@ -53,18 +57,18 @@ _TRAILING_UNIT = re.compile(
     r"^(.*[^ ])((?: ?\\text\{[^{}]*\}|(?<=[\d})]) [A-Za-z]{2,}(?: [a-z]+){0,2})(?:\^\{\d\})?)$"
 )
 _RATIO = re.compile(r"(\d+)(?::| ?to ?|\\text\{to\}|\\colon ?)(\d+)((?::\d+)*)")
-_TIME = re.compile(r"(\d{1,2})(?::(\d\d))? ?(?:\\text\{)? ?([ap])\.? ?m\.?\}?", re.IGNORECASE)
 _MATRIX = re.compile(
     r"^[(\[]?\\begin\{([pbBvV]?matrix|smallmatrix|array)\}(?:\{[clr|]+\})?(.*)\\end\{\1\}[)\]]?(\^\{T\})?$",
     re.S,
 )
+_SIZE_OF = re.compile(r"(?:\||\\[lr]?vert)\s*([a-z])\s*(?:\||\\[lr]?vert)")
 _PM = re.compile(r"\\(pm|mp)(?![a-zA-Z])")
 _RELATIONS = {"<": "<", ">": ">", r"\leq": "<=", r"\geq": ">="}
 _NOTHING = re.compile(r"\\emptyset|(?:there (?:is|are) )?no(?: real)? solutions?|none|(?:the )?empty set")
+_ENDLESS = re.compile(
+    r"(?:there are )?(?:infinitely many|an infinite number of)(?: \w+)?|(?:positive )?infinity"
+)
 _EVERYTHING = re.compile(r"(?:(?:all|any|every) )?(?:the )?real(?: numbers?)?s?")
-_UP_TO_TWENTY = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-    fifteen sixteen seventeen eighteen nineteen twenty"""
-_DIGITS = tuple(re.findall("[a-z]+", _UP_TO_TWENTY))
 _ANGLE_OF = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _SPANNING = re.compile(r"\\cup|[<>]|\\leq|\\geq|\\neq|\\infty|\\mid|\\in(?![a-z])")
 _SETS = re.compile(r"\\(?:setminus|cap|mathbb)|\\backslash")
@@ -162,13 +166,13 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
     for part in split_list(_listed_words(answer)).items:
         if len(sides(part)) > max(2, longest):
             raise Refused("a chain of =")
-    spoken = words(answer)
+    said = words(answer)
     for pattern, what in (
         (_RESTATED, "not worked out"),
         (_HEDGES, "a hedge"),
         (_APART, "numbers side by side"),
     ):
-        if pattern.search(spoken) and not pattern.search(words(gold)) and not quantity(answer):
+        if pattern.search(said) and not pattern.search(words(gold)) and not quantity(answer):
             raise Refused(what)
     return _same(gold, answer, leaf)
 
@@ -180,9 +184,12 @@ def _same(gold: str, answer: str, leaf: Leaf) -> bool | None:
     if gold_number and answer_number:
         return same_quantity(gold_number, answer_number) is None
     gold, answer = (_listed_words(text) for text in (gold, answer))
+    for one, other, flip in ((gold, answer, True), (answer, gold, False)):
+        if one[:1].isupper() and one[1:2] == other[:1] == "(" and len(split_list(one[1:]).items) > 1:
+            return _same(one[1:], other, leaf) if flip else _same(other, one[1:], leaf)  # P(1,2) is (1,2)
     for rule in (
-        _as_words,
         _as_time_or_ratio,
+        _as_words,
         _as_several,
         _as_spans,
         _as_equation,
@@ -211,11 +218,11 @@ def _ascending(match: re.Match[str]) -> str:
 
 def _plain_words(text: str) -> str | None:
     r"""What a text says if it is nothing but words: `\text{Monday}`, "no solution"; None for mathematics."""
-    spoken = words(text).strip(" .'\"()")
-    if not re.fullmatch(r"[a-z][a-z' -]*", spoken):
+    said = words(text).strip(" .'\"()")
+    if not re.fullmatch(r"[a-z][a-z' -]*", said):
         return None
     wrapped = TEXT.sub("", text).strip(" ()") == ""
-    return spoken if wrapped or len(spoken) > 3 or spoken in ("yes", "no", "odd") else None
+    return said if wrapped or len(said) > 3 or said in ("yes", "no", "odd", "six", "ten") else None
 
 
 def _as_words(gold: str, answer: str, leaf: Leaf) -> Any:
@@ -230,36 +237,38 @@ def _as_words(gold: str, answer: str, leaf: Leaf) -> Any:
         return _same(gold, labelled[3], leaf)
     elif not choice and (labelled := _LABELLED.match(gold)) and chosen:
         return chosen[1].upper() == (labelled[1] or labelled[2])
-    spoken = words(gold)
-    if spoken == words(answer) and len(spoken) > 1 and spoken.isalpha() and r"\text" in gold + answer:
+    text = words(gold)
+    if text == words(answer) and len(text) > 1 and text.isalpha() and r"\text" in gold + answer:
         return True
     said, heard = _plain_words(gold), _plain_words(answer)
     empty = [text == r"\emptyset" or bool(_NOTHING.fullmatch(words(text))) for text in (gold, answer)]
     if any(empty):
         return all(empty)
+    endless = [text == r"\infty" or bool(_ENDLESS.fullmatch(words(text))) for text in (gold, answer)]
+    if all(endless) and gold != answer:
+        return True
     if said is not None and heard is not None:
         article = re.compile(r"^(?:the|an?) ")
         return article.sub("", said).replace("-", " ") == article.sub("", heard).replace("-", " ")
     for one, other, flip in ((said, answer, False), (heard, gold, True)):
-        if one in _DIGITS:
-            digit = str(_DIGITS.index(one))
-            return _same(other, digit, leaf) if flip else _same(digit, other, leaf)
+        number = spoken.number(one) if one else None
+        if number is not None:
+            digits = rf"\frac{{{number.numerator}}}{{{number.denominator}}}"
+            return _same(other, digits, leaf) if flip else _same(digits, other, leaf)
         if one is not None and not _EVERYTHING.fullmatch(one):
             return False
     return NotImplemented
 
 
 def _as_time_or_ratio(gold: str, answer: str, leaf: Leaf) -> Any:
-    times = [_TIME.fullmatch(text) for text in (gold, answer)]
-    clock = re.compile(r"0?(\d{1,2}):(\d\d)")
-    if any(times):
-        (hour, minute, half), (hour2, minute2, half2) = (
-            (m[1], m[2] or "00", m[3].casefold()) if m else (*_hour(clock.fullmatch(text)), "")
-            for m, text in zip(times, (gold, answer), strict=True)
-        )
-        if not hour or not hour2 or (int(hour), minute) != (int(hour2), minute2):
-            return False
-        return half == half2 or not half or not half2
+    said = [words(text).strip(" .()") for text in (gold, answer)]
+    days = [spoken.date(text) for text in said]
+    if any(days):
+        (day, year), (day2, year2) = ((d[:2], d[2]) if d else (None, None) for d in days)
+        return day == day2 and year in (None, year2)
+    times = [spoken.time(text) for text in said]
+    if any(one and one[2] for one in times):
+        return bool(times[0] and times[1] and spoken.same_time(times[0], times[1]))
     ratios = [_RATIO.fullmatch(text) for text in (gold, answer)]
     if not any(ratios):
         return NotImplemented
@@ -274,10 +283,6 @@ def _as_time_or_ratio(gold: str, answer: str, leaf: Leaf) -> Any:
     if len(numbers) != 2 or not numbers[1] or value is None or value.unit or value.percent:
         return False
     return value.places is None and (value.value.numerator, value.value.denominator) == tuple(numbers)
-
-
-def _hour(match: re.Match[str] | None) -> tuple[str, str]:
-    return (match[1], match[2]) if match else ("", "")
 
 
 def _as_several(gold: str, answer: str, leaf: Leaf) -> Any:
@@ -328,6 +333,13 @@ def spans_of(text: str) -> list[Span] | None:
 
 def _inequality(text: str) -> list[Span] | None:
     parts = split_top(text, ("<", ">", r"\leq", r"\geq", r"\neq"))
+    if len(parts) == 2 and (size := _SIZE_OF.fullmatch(parts[0][1])) and parts[1][0] != r"\neq":
+        mark, end = parts[1]
+        strict, name = mark in "<>", size[1]
+        if mark in ("<", r"\leq"):
+            return [Span(f"-({end})", end, strict, strict, name)]
+        low, high = r"-\infty", r"\infty"
+        return [Span(low, f"-({end})", True, strict, name), Span(end, high, strict, True, name)]
     if len(parts) == 2 and parts[1][0] == r"\neq" and re.fullmatch("[a-z]", parts[0][1]):
         name, point = parts[0][1], parts[1][1]
         return [Span(r"-\infty", point, True, True, name), Span(point, r"\infty", True, True, name)]
@@ -365,11 +377,11 @@ def _as_spans(gold: str, answer: str, leaf: Leaf) -> Any:
     if gold in (r"\infty", r"-\infty") or answer.removeprefix("+") in (r"\infty", r"-\infty"):
         return gold == answer.removeprefix("+")
     mine, theirs = spans_of(gold), spans_of(answer)
+    if None in (mine, theirs) and bool(_MEMBER.match(answer)) != bool(_MEMBER.match(gold)):
+        return _same(_MEMBER.sub("", gold), _MEMBER.sub("", answer), leaf)
     if mine is None and theirs is None:
         return _as_inequality(gold, answer, leaf)
     if mine is None or theirs is None:
-        if _MEMBER.match(answer) and not _MEMBER.match(gold):
-            return _same(gold, _MEMBER.sub("", answer), leaf)
         return (
             False
             if re.search(r"\\(?:setminus|cap|mathbb)|\\backslash", gold + answer) is None
@@ -459,6 +471,11 @@ def _turned(found: list[str]) -> list[str]:
 
 def cells(text: str) -> tuple[str, list[list[str]]] | None:
     """What a matrix is (v: a determinant) and its rows; None if the text is none."""
+    if text.startswith("[["):
+        outer = split_list(text)
+        inner = [split_list(row) for row in outer.items]
+        if outer.brackets == "[]" and all(row.brackets == "[]" for row in inner):
+            return "m", [list(row.items) for row in inner]
     match = _MATRIX.match(text)
     if match is None or r"\begin" in match[2]:
         return None
@@ -493,7 +510,7 @@ def _as_matrix(gold: str, answer: str, leaf: Leaf) -> Any:
 
 
 def _as_list(gold: str, answer: str, leaf: Leaf) -> Any:
-    g, a = split_list(gold), split_list(answer)
+    g, a = (Listed("", (text,)) if quantity(text) else split_list(text) for text in (gold, answer))
     if len(g.items) == 1 and len(a.items) == 1:
         if (g.brackets == "{}") == (a.brackets == "{}") and not {g.brackets, a.brackets} & {"{}", "[]", "()"}:
             return NotImplemented
