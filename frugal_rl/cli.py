@@ -310,6 +310,7 @@ def plan_command(
         host_room_bytes=host_room,
         kv_entries=compression.entries if compression else None,
         eviction=compression.method if compression else None,
+        gguf=config.rollout.gguf_format,
     )
     works = {name: replace(work, form=name) for name in planner.FORMS}
     plans = {form: planner.lay_out(shape, w, budget) for form, w in works.items()}

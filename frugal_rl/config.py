@@ -542,11 +542,9 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
         )
     if loss.correction == "off" and not loss.uncorrected and not sampler_is_learner(recipe):
         budget = whole_tokens(recipe)
-        cause = '[model] weights = "host"'
+        cause = f"[rollout] kv_budget = {budget}" if budget is not None else '[model] weights = "host"'
         if rollout.generator != "engine":
             cause = f"[rollout] generator = {_show(rollout.generator)}"
-        elif budget is not None:
-            cause = f"[rollout] kv_budget = {budget}"
         raise InputError(
             f'{where}: [loss] correction = "off" with {cause}: the sampler is another policy than the '
             "learner, and training on its rollouts as if they were the learner's own can collapse (arXiv "
@@ -558,15 +556,12 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
             f"{rollout.prompts}: a minibatch is whole groups; expected at most one for each prompt"
         )
     check_compression(rollout, where)
-    if rollout.generator == "engine" and rollout.gguf is not None:
+    foreign = {"engine": ("gguf", rollout.gguf), "llama.cpp": ("kv_budget", rollout.compression)}
+    key, given = foreign[rollout.generator]
+    if given is not None:
         raise InputError(
-            f'{where}: [rollout] gguf = {_show(rollout.gguf)} with generator = "engine", which has no copy '
-            'of the weights; leave gguf out, or say generator = "llama.cpp"'
-        )
-    if rollout.generator == "llama.cpp" and rollout.compression is not None:
-        raise InputError(
-            f'{where}: [rollout] kv_budget = {rollout.kv_budget} with generator = "llama.cpp", whose cache '
-            'evicts nothing; leave kv_budget out, or say generator = "engine"'
+            f"{where}: [rollout] {key} with generator = {_show(rollout.generator)}: the engine has no copy of the "
+            f"weights, llama.cpp evicts nothing; leave {key} out, or take the other generator"
         )
     if recipe.train.patience is not None and recipe.train.eval_every is None:
         raise InputError(

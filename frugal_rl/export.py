@@ -9,7 +9,9 @@ read as
     head (where no system message comes first), then each turn's text between two fixed pieces, then the cue
 
 and written down only if that gives the same text for several conversations; otherwise the Modelfile has no
-template, and the command says so. Differs: space around what is said stays, where a template trims it. Source: ollama/ollama docs/modelfile.md, docs/template.md.
+template, and the command says so. Differs: space around what is said stays, where a template trims it.
+
+Source: ollama/ollama docs/modelfile.md, docs/template.md.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ from .engine import EngineStats, room_for
 from .llama_library import Library, LlamaContext, LlamaModel
 from .sample import Drawn, StopText, Truncation, draw
 
+BLOCKS = 4096  # encoded at a time: what that takes stays in the processor's cache
+
 Prompt = tuple[int, ...]
 
 
@@ -79,37 +81,38 @@ class Twin:
         """Write what has changed; how many blocks. Syncs."""
         written = 0
         for name, parts in self._changed.items():
-            position_N = torch.cat(parts).cpu().numpy().astype(np.int64)
             shape = tuple(self.weights.held[name].shape)
             form = form_of(shape, self.kind)
-            own_M = np.unique(position_N // form.block)  # rows are whole blocks, in the checkpoint's order
-            block_M = np.asarray(self._encode(name, own_M, form))
-            index_M = self._index(name, shape, form, own_M)
-            order_M = np.argsort(index_M)
-            for target in self.targets[name]:
-                self.model.write_(target, index_M[order_M], block_M[order_M])
+            # rows are whole blocks; these are in the checkpoint's order
+            own_M = _distinct([part.cpu().numpy() // form.block for part in parts])
+            for start in range(0, len(own_M), BLOCKS):
+                own_B = own_M[start : start + BLOCKS]
+                block_BX = self._encode(name, own_B, form)
+                index_B = self._index(name, shape, form, own_B)
+                for target in self.targets[name]:
+                    self.model.write_(target, index_B, block_BX)
             written += len(own_M)
         self._changed = {}
         return written
 
-    def _encode(self, name: str, own_M: np.ndarray, form: Format) -> np.ndarray:
+    def _encode(self, name: str, own_B: np.ndarray, form: Format) -> np.ndarray:
         held = self.weights.held[name]
-        index_M = torch.from_numpy(own_M).to(self.weights.device)
+        index_B = torch.from_numpy(own_B).to(self.weights.device)
         if isinstance(held, Plain):
-            value_MX = held.tensor.view(-1, form.block)[index_M]
+            value_BX = held.tensor.view(-1, form.block).index_select(0, index_B)
         else:
-            place_MX = index_M[:, None] * form.block + torch.arange(form.block, device=index_M.device)
-            value_MX = held.at(place_MX.view(-1)).view(-1, form.block)
-        return self.model.encode(form.code, value_MX.float().cpu().numpy(), form.block_bytes)
+            place_BX = index_B[:, None] * form.block + torch.arange(form.block, device=index_B.device)
+            value_BX = held.at(place_BX.view(-1)).view(-1, form.block)
+        return self.model.encode(form.code, value_BX.float().cpu().numpy(), form.block_bytes)
 
-    def _index(self, name: str, shape: tuple[int, ...], form: Format, own_M: np.ndarray) -> np.ndarray:
+    def _index(self, name: str, shape: tuple[int, ...], form: Format, own_B: np.ndarray) -> np.ndarray:
         """Where blocks stand in llama.cpp."""
         heads = heads_of(name, self.config)
         if heads is None:
-            return own_M
+            return own_B
         per_row = max(1, int(np.prod(shape[1:])) // form.block)
-        row_M, rest_M = np.divmod(own_M, per_row)
-        return row_in_gguf(shape[0], heads)[row_M] * per_row + rest_M
+        row_B, rest_B = np.divmod(own_B, per_row)
+        return row_in_gguf(shape[0], heads)[row_B] * per_row + rest_B
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Every tensor's blocks as they are in llama.cpp, uint8 [N, block_bytes]; copies."""
@@ -118,6 +121,14 @@ class Twin:
             for name, held in self.weights.held.items()
             for target in self.targets[name]
         }
+
+
+def _distinct(parts: list[np.ndarray]) -> np.ndarray:
+    """The distinct numbers of arrays that ascend, ascending, int64."""
+    if len(parts) > 1:
+        return np.unique(np.concatenate(parts)).astype(np.int64)
+    number_N = parts[0].astype(np.int64)
+    return number_N[np.diff(number_N, prepend=-1) != 0]
 
 
 def _values(weights: Weights, name: str) -> Values:
