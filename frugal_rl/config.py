@@ -560,8 +560,8 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
     key, given = foreign[rollout.generator]
     if given is not None:
         raise InputError(
-            f"{where}: [rollout] {key} with generator = {_show(rollout.generator)}: the engine has no copy of "
-            f"the weights, llama.cpp evicts nothing; leave {key} out, or take the other generator"
+            f"{where}: [rollout] {key} with generator = {_show(rollout.generator)}: the engine has no copy "
+            f"of the weights, llama.cpp evicts nothing; leave {key} out, or take the other generator"
         )
     if recipe.train.patience is not None and recipe.train.eval_every is None:
         raise InputError(
