@@ -49,8 +49,8 @@ Prompt = tuple[int, ...]
 class Twin:
     """The policy's weights in llama.cpp, and which of their blocks are not up to date.
 
-    `config`: the model's config.json. The GGUF is in the system's folder for temporary files (TMPDIR) until it
-    is loaded. Raises InputError for a library or model that it cannot be made of.
+    `config`: the model's config.json. Until it is loaded, the GGUF is in the folder for temporary files
+    (TMPDIR). Raises InputError for a library or model that it cannot be made of.
     """
 
     def __init__(
