@@ -234,7 +234,7 @@ def twin_logits(twin: Twin, ids: tuple[int, ...]) -> np.ndarray:
 def torch_logits(decoder: Decoder, ids: tuple[int, ...]) -> np.ndarray:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(decoder.config).eval()
+    model = AutoModelForCausalLM.from_config(decoder.config).float().eval()
     state = {n: t.float() for n, t in decoder.weights.tensors.items()}
     model.load_state_dict(state, strict=False)
     model.tie_weights()
