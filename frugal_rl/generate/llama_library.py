@@ -169,10 +169,9 @@ class LlamaModel:
     def encode(self, code: int, value_NX: Array, block_bytes: int) -> Array:
         """float32 [N, block] as ggml encodes them, uint8 [N, block_bytes]."""
         value_NX = np.ascontiguousarray(value_NX, np.float32)
-        out = np.empty((len(value_NX), block_bytes), np.uint8)
         rows, width = value_NX.shape
-        if rows:
-            self.library.quantise(code, value_NX.ctypes.data, out.ctypes.data, 0, rows, width, None)
+        out = np.empty((rows, block_bytes), np.uint8)
+        self.library.quantise(code, value_NX.ctypes.data, out.ctypes.data, 0, rows, width, None)
         return out
 
     @contextlib.contextmanager

@@ -30,7 +30,7 @@ import torch
 
 from ..decoder import Decoder
 from ..errors import FrugalError, InputError
-from ..gguf.formats import Format
+from ..gguf.formats import FORMATS, Format
 from ..gguf.layout import EMBEDDING, HEAD, gguf_name, heads_of, row_in_gguf
 from ..gguf.write import Values, form_of, write_gguf
 from ..memory import LLAMA_BATCH_TOKENS, LLAMA_SLOTS
@@ -81,6 +81,7 @@ class Twin:
     def sync_(self) -> int:
         """Write what has changed; how many blocks. Syncs."""
         written = 0
+        batches = {form.name: _Batch(self.model, form) for form in FORMATS.values()}
         for name, parts in self._changed.items():
             shape = tuple(self.weights.held[name].shape)
             form = form_of(shape, self.kind)
@@ -88,15 +89,16 @@ class Twin:
             own_M = _distinct([part.cpu().numpy() // form.block for part in parts])
             for start in range(0, len(own_M), BLOCKS):
                 own_B = own_M[start : start + BLOCKS]
-                block_BX = self._encode(name, own_B, form)
                 index_B = self._index(name, shape, form, own_B)
-                for target in self.targets[name]:
-                    self.model.write_(target, index_B, block_BX)
+                batches[form.name].add(self.targets[name], index_B, self._values(name, own_B, form))
             written += len(own_M)
+        for batch in batches.values():
+            batch.write_()
         self._changed = {}
         return written
 
-    def _encode(self, name: str, own_B: np.ndarray, form: Format) -> np.ndarray:
+    def _values(self, name: str, own_B: np.ndarray, form: Format) -> np.ndarray:
+        """The policy's numbers, float32 [B, block], of blocks in the checkpoint's order."""
         held = self.weights.held[name]
         index_B = torch.from_numpy(own_B).to(self.weights.device)
         if isinstance(held, Plain):
@@ -104,7 +106,7 @@ class Twin:
         else:
             place_BX = index_B[:, None] * form.block + torch.arange(form.block, device=index_B.device)
             value_BX = held.at(place_BX.view(-1)).view(-1, form.block)
-        return self.model.encode(form.code, value_BX.float().cpu().numpy(), form.block_bytes)
+        return np.asarray(value_BX.float().cpu().numpy())
 
     def _index(self, name: str, shape: tuple[int, ...], form: Format, own_B: np.ndarray) -> np.ndarray:
         """Where blocks stand in llama.cpp."""
@@ -124,12 +126,43 @@ class Twin:
         }
 
 
+class _Batch:
+    """Blocks of one format that wait to be encoded together: a call for each tensor would take longer."""
+
+    def __init__(self, model: LlamaModel, form: Format) -> None:
+        self.model, self.form, self.count = model, form, 0
+        self.waiting: list[tuple[list[str], np.ndarray, np.ndarray]] = []
+
+    def add(self, targets: list[str], index_B: np.ndarray, value_BX: np.ndarray) -> None:
+        """Of a tensor, or of several that are equal: where blocks stand, and their numbers."""
+        self.waiting.append((targets, index_B, value_BX))
+        self.count += len(index_B)
+        if self.count >= BLOCKS:
+            self.write_()
+
+    def write_(self) -> None:
+        """Encode and write all of them."""
+        if not self.waiting:
+            return
+        value_NX = np.concatenate([value_BX for _, _, value_BX in self.waiting])
+        block_NX = self.model.encode(self.form.code, value_NX, self.form.block_bytes)
+        done = 0
+        for targets, index_B, _ in self.waiting:
+            for target in targets:
+                self.model.write_(target, index_B, block_NX[done : done + len(index_B)])
+            done += len(index_B)
+        self.waiting, self.count = [], 0
+
+
 def _distinct(parts: list[np.ndarray]) -> np.ndarray:
     """The distinct numbers of arrays that ascend, ascending, int64."""
     if len(parts) > 1:
         return np.unique(np.concatenate(parts)).astype(np.int64)
-    number_N = parts[0].astype(np.int64)
-    return number_N[np.diff(number_N, prepend=-1) != 0]
+    number_N = parts[0].astype(np.int64, copy=False)
+    first_N = np.empty(len(number_N), bool)
+    first_N[:1] = True
+    np.not_equal(number_N[1:], number_N[:-1], out=first_N[1:])
+    return number_N[first_N]
 
 
 def _values(weights: Weights, name: str) -> Values:
