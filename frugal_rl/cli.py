@@ -339,6 +339,7 @@ def plan_command(
         host_room_bytes=host_room,
         kv_entries=compression.entries if compression else None,
         eviction=compression.method if compression else None,
+        gguf=config.rollout.gguf_format,
     )
     kind = config.learner.kind
     work = planner.with_learner(work, shape, kind, config.learner.rank)

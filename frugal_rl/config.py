@@ -440,11 +440,9 @@ def _check_pairs(recipe: Recipe, where: str) -> None:
         )
     if loss.correction == "off" and not loss.uncorrected and not sampler_is_learner(recipe):
         budget = whole_tokens(recipe)
-        cause = '[model] weights = "host"'
+        cause = f"[rollout] kv_budget = {budget}" if budget is not None else '[model] weights = "host"'
         if rollout.generator != "engine":
             cause = f"[rollout] generator = {_show(rollout.generator)}"
-        elif budget is not None:
-            cause = f"[rollout] kv_budget = {budget}"
         raise InputError(
             f'{where}: [loss] correction = "off" with {cause}: the sampler is another policy than the '
             "learner, and training on its rollouts as if they were the learner's own can collapse (arXiv "

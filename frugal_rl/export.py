@@ -10,6 +10,7 @@ read as
 
 and written down only if that gives the same text for several conversations; otherwise the Modelfile has no
 template, and the command says so. Differs: space around what is said stays, where a template trims it.
+
 Source: ollama/ollama docs/modelfile.md, docs/template.md.
 """
 
@@ -29,7 +30,7 @@ from .gguf import change
 from .gguf.vocab import vocabulary_of
 from .gguf.write import convert
 from .journal import Journal
-from .models import ModelFiles, find_model, load_tokenizer, stop_ids
+from .models import EMBEDDED, ModelFiles, find_model, load_tokenizer, stop_ids
 from .patch import Patch
 
 Messages = list[dict[str, str]]
@@ -267,9 +268,10 @@ def card(done: Finished) -> str:
     on_hub = not Path(name).is_dir() and name.count("/") == 1
     own = f"[{name}](https://huggingface.co/{name})" if on_hub else f"`{Path(name).name}`"
     metrics = patch.meta.get("metrics", {})
+    after = "accuracy_exported" if metrics.get("accuracy_exported") else "accuracy_after"
     scores = [
         f"| {label} | {one['value']:.1%} | {one['low']:.1%} to {one['high']:.1%} | {one['problems']} |"
-        for label, key in (("base", "accuracy_before"), ("trained", "accuracy_after"))
+        for label, key in (("base", "accuracy_before"), ("trained", after))
         if (one := metrics.get(key))
     ]
     table = ["| held-out accuracy | | 95 % | problems |", "|---|---|---|---|", *scores, ""] if scores else []
@@ -292,7 +294,7 @@ def card(done: Finished) -> str:
             "",
             "```sh",
             "pip install frugal-rl",
-            f"frugal-rl patch apply {name if on_hub else 'BASE'} {PATCH_FILE} -o trained",
+            f"frugal-rl patch apply {name if on_hub or name in EMBEDDED else 'BASE'} {PATCH_FILE} -o trained",
             "```",
             "",
             f"The base is recognised by its bits (fingerprint `{fingerprint}`); any other is refused.",

@@ -17,7 +17,7 @@ from frugal_rl.checkpoint import Checkpoint
 from frugal_rl.cli import cli
 from frugal_rl.errors import InputError
 from frugal_rl.gguf import change
-from frugal_rl.gguf.file import Gguf
+from frugal_rl.gguf.file import Gguf, write
 from frugal_rl.gguf.formats import FORMATS
 from frugal_rl.gguf.write import convert
 from frugal_rl.models import find_model
@@ -199,6 +199,13 @@ def test_a_k_quant_is_refused_by_name_with_what_would_do(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"blk\.0\.attn_v\.weight is Q4_K; .*llama-quantize"):
         change.apply(case.file, case.patch, case.base)
     assert case.file.read_bytes() == data
+
+
+def test_one_part_of_a_file_is_refused_with_what_would_do(tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    write(case.file, {"general.architecture": (8, "llama"), "split.count": (2, 3)}, [])
+    with pytest.raises(InputError, match=r"is one of 3 parts of a GGUF; .*--merge"):
+        change.apply(case.file, case.patch, case.base)
 
 
 def test_a_gguf_of_another_shape_or_without_a_tensor_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from frugal_rl.cli import cli
 from frugal_rl.config import load_recipe
 from frugal_rl.decoder import Decoder, parameter_names
 from frugal_rl.errors import FrugalError, InputError
@@ -398,3 +401,21 @@ def test_a_sampler_on_stale_weights_stops_the_run(tmp_path: Path) -> None:
         journal = Journal.create(tmp_path / "a", recipe, force=False)
         with pytest.raises(FrugalError, match="the sampler is not the policy that learns"):
             train(session, journal, silent([]), lambda: False)
+
+
+@needs_llama
+def test_the_command_trains_with_it_and_a_patch_is_scored_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [word for key in (*SMALL[1:], "train.steps=1") for word in ("--set", key)]
+    out = tmp_path / "run"
+    trained = CliRunner().invoke(cli, ["train", "--generator", "llama.cpp", *small, "-o", str(out), "--json"])
+    summary = json.loads(trained.stdout)
+    assert 'generator = "llama.cpp"' in (out / "recipe.toml").read_text()
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    scored = CliRunner().invoke(cli, ["eval", "--patch", summary["patch"], "--json"])
+    assert json.loads(scored.stdout)["accuracy"] == summary["accuracy_exported"]
+    refused = CliRunner().invoke(
+        cli, ["eval", "--patch", summary["patch"], "--set", "rollout.generator=llama.cpp"]
+    )
+    assert isinstance(refused.exception, InputError) and "pip install" in str(refused.exception)

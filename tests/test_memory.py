@@ -283,3 +283,23 @@ def test_the_table_names_every_part_and_says_what_does_not_fit() -> None:
         assert any(line.startswith(f"  {part}") for line in lines), part
     verdict = next(line for line in lines if "fit" in line)
     assert re.split(r"  +", verdict.strip()) == ["does not fit", "fits", "fits"]
+
+
+def test_llama_cpps_copy_takes_memory_in_both_phases_and_its_cache_while_generating() -> None:
+    shape = Shape.from_config(QWEN_05B)
+    own, copied = make_plan(shape=shape), make_plan(shape=shape, gguf="q8_0")
+    copy = shape.parameters * 34 // 32  # 32 entries in 34 bytes
+    assert copied.generating["llama.cpp's weights"] == copied.learning["llama.cpp's weights"] == copy
+    assert make_plan(shape=shape, gguf="bf16").learning["llama.cpp's weights"] == 2 * shape.parameters
+    stream = 2 * 24 * 2 * 64 * 1024 * 2  # keys and values of 1024 cells in float16
+    assert copied.generating["KV pool"] == copied.slots * stream
+    assert copied.generating["llama.cpp's spare stream"] == stream
+    assert copied.learning_bytes == own.learning_bytes + copy
+    assert copied.least_bytes > own.least_bytes
+
+
+def test_llama_cpp_fills_up_its_cells_and_has_256_streams_one_of_them_spare() -> None:
+    shape = Shape.from_config(QWEN_05B)
+    longer = make_plan(64, shape, gguf="q8_0", sequences=1000, prompt_tokens=1, response_tokens=256)
+    assert longer.slots == 255
+    assert longer.generating["llama.cpp's spare stream"] == 2 * 24 * 2 * 64 * 512 * 2  # 257 become 512

@@ -56,15 +56,17 @@ def qwen_config() -> Any:
 
 
 def random_weights(config: Any, *, quantise: bool) -> Weights:
-    """Gaussian bf16 numbers of the usual size; matrices in int8 where asked."""
+    """bf16 numbers of the usual size, a million Gaussian ones again and again; matrices in int8 if asked."""
     from frugal_rl.decoder import build_skeleton
 
     torch.manual_seed(0)
+    some = torch.empty(1_000_003).normal_(std=0.02).bfloat16()
     tensors: dict[str, Any] = {}
     for name, parameter in build_skeleton(config).named_parameters():
         if name == "lm_head.weight":
             continue
-        value = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(std=0.02)
+        times = -(-parameter.numel() // len(some))
+        value = some.repeat(times)[: parameter.numel()].view(parameter.shape).clone()
         if name.endswith("norm.weight"):
             value.fill_(1.0)
         tensors[name] = Quantised.of(value) if quantise and value.ndim == 2 else value
@@ -234,7 +236,7 @@ def twin_logits(twin: Twin, ids: tuple[int, ...]) -> np.ndarray:
 def torch_logits(decoder: Decoder, ids: tuple[int, ...]) -> np.ndarray:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(decoder.config).eval()
+    model = AutoModelForCausalLM.from_config(decoder.config).float().eval()
     state = {n: t.float() for n, t in decoder.weights.tensors.items()}
     model.load_state_dict(state, strict=False)
     model.tie_weights()

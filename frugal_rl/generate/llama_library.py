@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ class LlamaModel:
 
     def __init__(self, library: Library, path: Path, *, threads: int, on_gpu: bool) -> None:
         self.library, self.threads, self.on_gpu = library, threads, on_gpu
+        self._blocks: dict[str, Array] = {}
         llama = library.llama
         params = llama.llama_model_default_params()
         params.n_gpu_layers = -1 if on_gpu else 0
@@ -116,16 +118,8 @@ class LlamaModel:
         self.pointer = llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
             raise FrugalError(f"{path}: llama.cpp does not load it: {_said()}")
+        self.close = weakref.finalize(self, llama.llama_model_free, self.pointer)  # gives its memory back
         self.vocabulary = int(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.pointer)))
-
-    def close(self) -> None:
-        """Give its memory back."""
-        if self.pointer:
-            self.library.llama.llama_model_free(self.pointer)
-        self.pointer = None
-
-    def __del__(self) -> None:
-        self.close()
 
     def tensor(self, name: str) -> int:
         """A handle. Raises FrugalError where there is no such tensor."""
@@ -142,17 +136,16 @@ class LlamaModel:
         return out.reshape(-1, block_bytes)
 
     def write_(self, name: str, index_N: Array, block_NX: Array) -> None:
-        """Change blocks by ascending number; uint8 [N, block_bytes]."""
-        handle, size = self.tensor(name), block_NX.shape[1]
-        total = self.library.tensor_bytes(handle)
-        assert len(index_N) == 0 or (index_N[-1] + 1) * size <= total, (
-            f"{name}: a block beyond its {total} bytes"
-        )
-        block_NX = np.ascontiguousarray(block_NX)
+        """Change blocks by number; uint8 [N, block_bytes]."""
+        block_NX, size = np.ascontiguousarray(block_NX), block_NX.shape[1]
         if not self.on_gpu:  # host memory: one call for each run of blocks would take longer than the copying
-            data = ctypes.cast(self.library.tensor_data(handle), ctypes.POINTER(ctypes.c_uint8))
-            np.ctypeslib.as_array(data, (total // size, size))[index_N] = block_NX
+            self._in_place(name, size)[index_N] = block_NX
             return
+        handle = self.tensor(name)
+        total = self.library.tensor_bytes(handle)
+        order_N = np.argsort(index_N)
+        index_N, block_NX = index_N[order_N], block_NX[order_N]
+        assert len(index_N) == 0 or (index_N[-1] + 1) * size <= total, f"{name}: a block beyond {total} bytes"
         begin_R = np.flatnonzero(np.diff(index_N, prepend=-2) != 1)
         if len(begin_R) * RUN_BYTES > total:
             whole = self.read(name, size)
@@ -163,13 +156,22 @@ class LlamaModel:
             part = block_NX[begin:end]
             self.library.tensor_set(handle, part.ctypes.data, int(index_N[begin]) * size, part.nbytes)
 
+    def _in_place(self, name: str, size: int) -> Array:
+        """A tensor's own memory as blocks; found once. For tensors in host memory."""
+        found = self._blocks.get(name)
+        if found is None:
+            handle = self.tensor(name)
+            data = ctypes.cast(self.library.tensor_data(handle), ctypes.POINTER(ctypes.c_uint8))
+            found = np.ctypeslib.as_array(data, (self.library.tensor_bytes(handle) // size, size))
+            self._blocks[name] = found
+        return found
+
     def encode(self, code: int, value_NX: Array, block_bytes: int) -> Array:
         """float32 [N, block] as ggml encodes them, uint8 [N, block_bytes]."""
         value_NX = np.ascontiguousarray(value_NX, np.float32)
-        out = np.empty((len(value_NX), block_bytes), np.uint8)
         rows, width = value_NX.shape
-        if rows:
-            self.library.quantise(code, value_NX.ctypes.data, out.ctypes.data, 0, rows, width, None)
+        out = np.empty((rows, block_bytes), np.uint8)
+        self.library.quantise(code, value_NX.ctypes.data, out.ctypes.data, 0, rows, width, None)
         return out
 
     @contextlib.contextmanager

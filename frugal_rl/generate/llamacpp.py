@@ -30,7 +30,7 @@ import torch
 
 from ..decoder import Decoder
 from ..errors import FrugalError, InputError
-from ..gguf.formats import Format
+from ..gguf.formats import FORMATS, Format
 from ..gguf.layout import EMBEDDING, HEAD, gguf_name, heads_of, row_in_gguf
 from ..gguf.write import Values, form_of, write_gguf
 from ..memory import LLAMA_BATCH_TOKENS, LLAMA_SLOTS
@@ -41,13 +41,16 @@ from .engine import EngineStats, room_for
 from .llama_library import Library, LlamaContext, LlamaModel
 from .sample import Drawn, StopText, Truncation, draw
 
+BLOCKS = 4096  # encoded at a time: what that takes stays in the processor's cache
+
 Prompt = tuple[int, ...]
 
 
 class Twin:
     """The policy's weights in llama.cpp, and which of their blocks are not up to date.
 
-    `config`: the model's config.json. Raises InputError for a library or model that it cannot be made of.
+    `config`: the model's config.json. Until it is loaded, the GGUF is in the folder for temporary files
+    (TMPDIR). Raises InputError for a library or model that it cannot be made of.
     """
 
     def __init__(
@@ -78,38 +81,41 @@ class Twin:
     def sync_(self) -> int:
         """Write what has changed; how many blocks. Syncs."""
         written = 0
+        batches = {form.name: _Batch(self.model, form) for form in FORMATS.values()}
         for name, parts in self._changed.items():
-            position_N = torch.cat(parts).cpu().numpy().astype(np.int64)
             shape = tuple(self.weights.held[name].shape)
             form = form_of(shape, self.kind)
-            own_M = np.unique(position_N // form.block)  # rows are whole blocks, in the checkpoint's order
-            block_M = np.asarray(self._encode(name, own_M, form))
-            index_M = self._index(name, shape, form, own_M)
-            order_M = np.argsort(index_M)
-            for target in self.targets[name]:
-                self.model.write_(target, index_M[order_M], block_M[order_M])
+            # rows are whole blocks; these are in the checkpoint's order
+            own_M = _distinct([part.cpu().numpy() // form.block for part in parts])
+            for start in range(0, len(own_M), BLOCKS):
+                own_B = own_M[start : start + BLOCKS]
+                index_B = self._index(name, shape, form, own_B)
+                batches[form.name].add(self.targets[name], index_B, self._values(name, own_B, form))
             written += len(own_M)
+        for batch in batches.values():
+            batch.write_()
         self._changed = {}
         return written
 
-    def _encode(self, name: str, own_M: np.ndarray, form: Format) -> np.ndarray:
+    def _values(self, name: str, own_B: np.ndarray, form: Format) -> np.ndarray:
+        """The policy's numbers, float32 [B, block], of blocks in the checkpoint's order."""
         held = self.weights.held[name]
-        index_M = torch.from_numpy(own_M).to(self.weights.device)
+        index_B = torch.from_numpy(own_B).to(self.weights.device)
         if isinstance(held, Plain):
-            value_MX = held.tensor.view(-1, form.block)[index_M]
+            value_BX = held.tensor.view(-1, form.block).index_select(0, index_B)
         else:
-            place_MX = index_M[:, None] * form.block + torch.arange(form.block, device=index_M.device)
-            value_MX = held.at(place_MX.view(-1)).view(-1, form.block)
-        return self.model.encode(form.code, value_MX.float().cpu().numpy(), form.block_bytes)
+            place_BX = index_B[:, None] * form.block + torch.arange(form.block, device=index_B.device)
+            value_BX = held.at(place_BX.view(-1)).view(-1, form.block)
+        return np.asarray(value_BX.float().cpu().numpy())
 
-    def _index(self, name: str, shape: tuple[int, ...], form: Format, own_M: np.ndarray) -> np.ndarray:
+    def _index(self, name: str, shape: tuple[int, ...], form: Format, own_B: np.ndarray) -> np.ndarray:
         """Where blocks stand in llama.cpp."""
         heads = heads_of(name, self.config)
         if heads is None:
-            return own_M
+            return own_B
         per_row = max(1, int(np.prod(shape[1:])) // form.block)
-        row_M, rest_M = np.divmod(own_M, per_row)
-        return row_in_gguf(shape[0], heads)[row_M] * per_row + rest_M
+        row_B, rest_B = np.divmod(own_B, per_row)
+        return row_in_gguf(shape[0], heads)[row_B] * per_row + rest_B
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Every tensor's blocks as they are in llama.cpp, uint8 [N, block_bytes]; copies."""
@@ -118,6 +124,45 @@ class Twin:
             for name, held in self.weights.held.items()
             for target in self.targets[name]
         }
+
+
+class _Batch:
+    """Blocks of one format that wait to be encoded together: a call for each tensor would take longer."""
+
+    def __init__(self, model: LlamaModel, form: Format) -> None:
+        self.model, self.form, self.count = model, form, 0
+        self.waiting: list[tuple[list[str], np.ndarray, np.ndarray]] = []
+
+    def add(self, targets: list[str], index_B: np.ndarray, value_BX: np.ndarray) -> None:
+        """Of a tensor, or of several that are equal: where blocks stand, and their numbers."""
+        self.waiting.append((targets, index_B, value_BX))
+        self.count += len(index_B)
+        if self.count >= BLOCKS:
+            self.write_()
+
+    def write_(self) -> None:
+        """Encode and write all of them."""
+        if not self.waiting:
+            return
+        value_NX = np.concatenate([value_BX for _, _, value_BX in self.waiting])
+        block_NX = self.model.encode(self.form.code, value_NX, self.form.block_bytes)
+        done = 0
+        for targets, index_B, _ in self.waiting:
+            for target in targets:
+                self.model.write_(target, index_B, block_NX[done : done + len(index_B)])
+            done += len(index_B)
+        self.waiting, self.count = [], 0
+
+
+def _distinct(parts: list[np.ndarray]) -> np.ndarray:
+    """The distinct numbers of arrays that ascend, ascending, int64."""
+    if len(parts) > 1:
+        return np.unique(np.concatenate(parts)).astype(np.int64)
+    number_N = parts[0].astype(np.int64, copy=False)
+    first_N = np.empty(len(number_N), bool)
+    first_N[:1] = True
+    np.not_equal(number_N[1:], number_N[:-1], out=first_N[1:])
+    return number_N[first_N]
 
 
 def _values(weights: Weights, name: str) -> Values:

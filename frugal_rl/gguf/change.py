@@ -56,6 +56,11 @@ class _Change:
     def __init__(self, path: Path, patch: Patch, base: Path | FindBase) -> None:
         undo.refuse_if_interrupted(path.parent)
         self.patch, self.gguf = patch, Gguf.read(path)
+        parts = self.gguf.metadata.get("split.count", 1)
+        if isinstance(parts, int) and parts > 1:
+            raise InputError(
+                f"{path}: is one of {parts} parts of a GGUF; join them first (llama-gguf-split --merge)"
+            )
         self._find = base
         self._base: Checkpoint | None = None
         self.touched = [

@@ -256,10 +256,15 @@ def _text(value: str) -> bytes:
 
 def is_gguf(path: Path) -> bool:
     """Whether this names a file that begins as GGUF does, or would be one."""
-    if path.is_file():
+    if path.suffix == ".gguf":
+        return not path.is_dir()
+    if not path.is_file():
+        return False
+    try:
         with open(path, "rb") as file:
-            return file.read(4) == MAGIC or path.suffix == ".gguf"
-    return path.suffix == ".gguf" and not path.is_dir()
+            return file.read(4) == MAGIC
+    except OSError:  # not to be read: whoever wants it says so
+        return False
 
 
 def spans(length: int, step: int) -> Iterator[tuple[int, int]]:
