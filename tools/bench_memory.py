@@ -189,6 +189,8 @@ def learner_step(options: Options) -> dict[str, Any]:
     number = {"rank": int(arm.number or 1)} if arm.kind == "lora" else {"momentum": arm.number}
     other = make_baseline(arm.kind, decoder, lr=lr, clip=CLIP, **number)
     learner = Learner(decoder, lr, CLIP, 1.0, planned.micro_tokens, boundary_every=every, baseline=other)
+    if other:  # memory of states is taken when it is first written to
+        learner.step(rollouts, lambda logprob_BT: (logprob_BT.mean() * SCALE, {}))
     began = time.perf_counter()
     step = learner.step(rollouts, lambda logprob_BT: (-SCALE * (logprob_BT.mean(1) * advantage_B).mean(), {}))
     return {
