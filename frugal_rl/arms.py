@@ -23,6 +23,7 @@ No torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import InputError
 
@@ -55,6 +56,15 @@ def check_learner(
         raise InputError(
             f'{at} with [model] weights = "{weights}": {why}; expected weights = '
             + " or ".join(f'"{form}"' for form in forms_of(kind))
+        )
+
+
+def check_resumable(kind: str, folder: Path) -> None:
+    """Raises InputError for a kind whose state is not in the journal of the run in `folder`."""
+    if kind != "sgd":
+        raise InputError(
+            f"{folder} trains with learner.kind = {kind!r}, whose state is not in the journal: it cannot go "
+            f"on, only plain SGD's can. Begin anew: frugal-rl train --recipe {folder / 'recipe.toml'} -o NEW"
         )
 
 

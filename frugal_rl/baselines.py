@@ -13,6 +13,9 @@ is the policy's own tensor. Gradients are freed as they are used, and do not exi
 weights are held as storage.Whole: an overlay of ten bytes for each of many changed entries would be ours,
 not the optimizer's.
 
+The journal gets each step's patch, as with plain SGD, but it is not the whole state: a run does not go on
+(arms.check_resumable).
+
 Law: with momentum 0 and float32 weights this is weights.Transaction. A gradient of norm 0 changes nothing,
 not even a moment or a step count; one that is not finite drops the step whole.
 
@@ -57,19 +60,34 @@ def require(kind: str) -> None:
 
 
 def optimizer(kind: str, lr: float, momentum: float | None = None) -> Make:
-    """What makes the torch optimizer of a kind. `foreach` would copy all states at once, so it is off."""
+    """What makes the torch optimizer of a kind, its states in place: what does not fit fails before a step.
+
+    Fused: no scratch of a tensor's size.
+    """
 
     def make(parameters: Sequence[nn.Parameter]) -> Any:
-        if kind == "sgd-momentum":
-            weight = MOMENTUM if momentum is None else momentum
-            return torch.optim.SGD(parameters, lr=lr, momentum=weight, foreach=False)
+        weight = MOMENTUM if momentum is None else momentum
         if kind == "adamw8bit":
             from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit(parameters, lr=lr, betas=BETAS, eps=EPSILON, weight_decay=DECAY)
-        return torch.optim.AdamW(
-            parameters, lr=lr, betas=BETAS, eps=EPSILON, weight_decay=DECAY, foreach=False
-        )
+            made = AdamW8bit(parameters, lr=lr, betas=BETAS, eps=EPSILON, weight_decay=DECAY)
+            made.check_overrides()
+            for place, parameter in enumerate(parameters):
+                made.init_state(made.param_groups[0], parameter, 0, place)
+            return made
+        if kind == "sgd-momentum":
+            made = torch.optim.SGD(parameters, lr=lr, momentum=weight, fused=True)
+            names = ["momentum_buffer"] if weight else []
+        else:
+            made = torch.optim.AdamW(
+                parameters, lr=lr, betas=BETAS, eps=EPSILON, weight_decay=DECAY, fused=True
+            )
+            names = ["exp_avg", "exp_avg_sq"]
+        for parameter in parameters:
+            made.state[parameter] = {name: torch.zeros_like(parameter) for name in names}
+            if "exp_avg" in names:
+                made.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+        return made
 
     return make
 
@@ -89,7 +107,7 @@ class Dense:
 
     @property
     def nbytes(self) -> int:
-        """Of masters that are not the weights themselves, and of the states so far."""
+        """Of masters that are not the weights themselves, and of the states."""
         masters = [m.nbytes for n, m in self.masters.items() if not self._shared(n)]
         return sum(masters) + state_bytes(self.optimizer)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from .arms import forms_of
+from .arms import check_resumable, forms_of
 from .cli_analyse import analyse
 from .cli_compare import compare
 from .cli_export import export
@@ -146,7 +146,7 @@ def train(
         if recipe is not None or output is not None or force:
             raise InputError("--resume takes its recipe and folder from the run; leave the others out")
         journal, config = Journal.open(resume)
-        _check_resumable(config, resume)
+        check_resumable(config.learner.kind, resume)
         config = _changed_on_resume(config, changes)
     else:
         config = load_recipe(recipe or DEFAULT_RECIPE, changes)
@@ -187,15 +187,6 @@ def _run(config: Recipe, journal: Any, *, resumed: bool, force: bool) -> dict[st
                     f"{journal.folder} is complete up to step {journal.step}{further if plain else ''}"
                 )
                 raise
-
-
-def _check_resumable(config: Recipe, folder: Path) -> None:
-    kind = config.learner.kind
-    if kind != "sgd":
-        raise InputError(
-            f"{folder} trains with learner.kind = {kind!r}, whose state is not in the journal: it cannot go "
-            f"on, only plain SGD's can. Begin anew: frugal-rl train --recipe {folder / 'recipe.toml'} -o NEW"
-        )
 
 
 def _changed_on_resume(config: Recipe, changes: Sequence[str]) -> Recipe:

@@ -6,7 +6,8 @@ of the steps; the held-out problems are not asked. A best rate at the edge of it
 
 Each run is a process of its own (`frugal-rl train`), so that peaks of memory are its own, in a folder that
 is named after it. A finished run is not run again. An unfinished one goes on where plain SGD is trained,
-and is begun anew elsewhere. A run that fails is named, and the others go on.
+and is begun anew elsewhere. A run that fails is named, and the others go on. The folder is locked for as long
+as a run is at work in it, also one that a killed comparison left behind.
 
     OUT/ARM/lr-LR-seed-N/       a run folder each, and beside it what it printed
     OUT/compare.json, compare.md
@@ -14,12 +15,15 @@ and is begun anew elsewhere. A run that fails is named, and the others go on.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -189,6 +193,11 @@ def run_all(study: Study, say: Say, failed: dict[str, str]) -> None:
         for lr in study.grids[arm.name]:
             for seed in study.seeds:
                 study.run(arm, lr, seed).finished  # noqa: B018 (refuses here)
+    with _locked(study.folder) as lock:
+        _run_all(study, say, failed, lock)
+
+
+def _run_all(study: Study, say: Say, failed: dict[str, str], lock: int) -> None:
     total = len(study.arms) * (len(study.grids[study.arms[0].name]) + len(study.seeds) - 1)
     done = 0
 
@@ -199,7 +208,7 @@ def run_all(study: Study, say: Say, failed: dict[str, str]) -> None:
         if run.finished:
             say(f"{name}: finished before")
             return
-        why = _execute(run)
+        why = _execute(run, lock)
         if why is None:
             score, rows = read_json(run.folder / "summary.json"), run.metrics()
             assert score is not None
@@ -227,13 +236,33 @@ def best_rate(study: Study, arm: Arm) -> float | None:
     return best if rewards[best] > float("-inf") else None
 
 
-def _execute(run: Run) -> str | None:
-    """Train in a process of its own. Returns why it failed."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Hold the folder; the descriptor keeps it held in a process that inherits it. Raises InputError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder}: another comparison, or a run that one left behind, is at work here; wait for it "
+                "to end, or end it"
+            ) from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _execute(run: Run, lock: int) -> str | None:
+    """Train in a process of its own, which holds the lock too. Returns why it failed."""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "frugal_rl", *run.further()]
     with open(run.log, "a", encoding="utf-8") as log:
         # a group of its own: Ctrl-C reaches this process alone, which passes it on once
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, process_group=0)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=log, process_group=0, pass_fds=[lock]
+        )
         try:
             process.wait()
         except KeyboardInterrupt:

@@ -104,8 +104,9 @@ def _activations(learning: Mapping[str, int]) -> int:
     return learning["boundary states"] + learning["micro-batch"] + learning["gradient scratch"]
 
 
-def _notes(results: Results) -> list[str]:
-    notes = [
+def notes(results: Results) -> list[str]:
+    """What a reader must know of the table."""
+    out = [
         "Same problems, rollout seeds, loss and layer-by-layer pass for all; each arm had the same number of "
         "runs, its learning rate chosen by training reward, not by held-out problems.",
         "Intervals: bootstrap over problems and seeds (10,000 draws); an accuracy's is at least Wilson's. A "
@@ -113,15 +114,15 @@ def _notes(results: Results) -> list[str]:
     ]
     for name, value in results["arms"].items():
         if "error" in value:
-            notes.append(f"{name} has no result: {value['error']}")
+            out.append(f"{name} has no result: {value['error']}")
         elif value["edge"]:
-            notes.append(
+            out.append(
                 f"{name}: the best learning rate is at the edge of its grid; a wider one may do better"
             )
         if "error" not in value and len(value["seeds_finished"]) < len(results["seeds"]):
             seeds = ", ".join(map(str, value["seeds_finished"]))
-            notes.append(f"{name}: only seeds {seeds} of {len(results['seeds'])} finished")
-    return notes + [f"failed: {folder}: {why}" for folder, why in results["failed"].items()]
+            out.append(f"{name}: only seeds {seeds} of {len(results['seeds'])} finished")
+    return out + [f"failed: {folder}: {why}" for folder, why in results["failed"].items()]
 
 
 def text(results: Results) -> str:
@@ -130,7 +131,7 @@ def text(results: Results) -> str:
     lines = [["", *names], *([title, *cells] for title, cells in body)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
     shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([*(line.rstrip() for line in shown if names), "", *_notes(results)])
+    return "\n".join([*(line.rstrip() for line in shown if names), "", *notes(results)])
 
 
 def markdown(results: Results, command: Sequence[str]) -> str:
@@ -140,23 +141,29 @@ def markdown(results: Results, command: Sequence[str]) -> str:
         f"# Comparison: {', '.join(results['arms'])}",
         f"`{shlex.join(command)}`",
         _table(["", *names], [[title, *cells] for title, cells in body]),
-        "\n".join(f"- {note}" for note in _notes(results)),
+        "\n".join(f"- {note}" for note in notes(results)),
         "## Learning rates (first seed)",
-        _table(
-            ["arm", "learning rate", "reward, second half", "held-out accuracy"],
-            [
-                [name, f"{point['lr']:g}", *_grid_cells(point)]
-                for name, value in results["arms"].items()
-                for point in value["grid"]
-            ],
-        ),
+        _table(*grid_table(results)),
     ]
     done = {name: results["arms"][name] for name in names}
     if done:
         blocks += ["## Held-out accuracy by step (mean, lowest to highest seed)", _curves(done)]
-        commands = [run["command"] for value in done.values() for run in value["runs"]]
-        blocks += ["## Each run again", "```sh\n" + "\n".join(commands) + "\n```"]
+        blocks += ["## Each run again", "```sh\n" + "\n".join(commands(results)) + "\n```"]
     return "\n\n".join(blocks) + "\n"
+
+
+def grid_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Head and lines: what each learning rate of each grid came to."""
+    return ["arm", "learning rate", "reward, second half", "held-out accuracy"], [
+        [name, f"{point['lr']:g}", *_grid_cells(point)]
+        for name, value in results["arms"].items()
+        for point in value["grid"]
+    ]
+
+
+def commands(results: Results) -> list[str]:
+    """Of every run that is in the table."""
+    return [run["command"] for value in results["arms"].values() for run in value.get("runs", [])]
 
 
 def _grid_cells(point: Mapping[str, Any]) -> list[str]:

@@ -107,7 +107,7 @@ class Adapters:
 
     @property
     def nbytes(self) -> int:
-        """Of the adapters, and of the states so far."""
+        """Of the adapters, and of the states."""
         return sum(p.nbytes for p in self.parameters) + state_bytes(self.optimizer)
 
     def begin(self) -> AdapterUpdate:

@@ -133,6 +133,7 @@ class Work:
     is the sampler.
 
     `optimizer_bytes` are held in both phases, and `gradient_bytes` while learning, by what is not plain SGD.
+    `frozen`: the weights get no gradient, adapters do.
 
     What is streamed comes from the system's page cache, which is not counted where it has no memory apart.
     """
@@ -151,6 +152,7 @@ class Work:
     gguf: str | None = None
     optimizer_bytes: int = 0
     gradient_bytes: int = 0
+    frozen: bool = False
 
     @property
     def longest(self) -> int:
@@ -209,7 +211,7 @@ def with_learner(work: Work, shape: Shape, kind: str, rank: int | None) -> Work:
     """And what a learner.kind holds besides the weights."""
     adapters = shape.linear_ends * (rank or RANK)
     held, learning = extra_bytes(kind, shape.parameters, work.storage_bytes, adapters)
-    return replace(work, optimizer_bytes=held, gradient_bytes=learning)
+    return replace(work, optimizer_bytes=held, gradient_bytes=learning, frozen=kind == "lora")
 
 
 def plan(shape: Shape, work: Work, budget_bytes: int) -> Plan:
@@ -241,7 +243,8 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     weights = shape.parameters * entry + shape.rows * form.row_bytes
     layer = shape.layer_parameters * compute
     copied = entry != compute
-    changed = int(shape.parameters * CHANGED_SHARE)
+    plain = not work.optimizer_bytes
+    changed = int(shape.parameters * CHANGED_SHARE) if plain else 0
     whole = shape.layers * layer
     token = _activation_bytes(shape, compute)
     responses = work.sequences * work.response_tokens
@@ -273,16 +276,18 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
         "step's changes": changed * WAITING_BYTES,
         # the head's gradient of the rows that occur, which waits for the embedding's
         "tied rows": min(shape.vocabulary, work.sequences * work.longest) * shape.hidden * FLOAT32_BYTES
-        if shape.tied
+        if shape.tied and not work.frozen
         else 0,
     }
     # in turns: the head, and a run of layers after the other
     # the states that predict a response token, normed, and their gradient
     # a block of rows, their gradient, and what of it is proposed
-    block = HEAD_BLOCK_BYTES + 2 * FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + PROPOSAL_BYTES
+    learned = 0 if work.frozen else FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + PROPOSAL_BYTES * plain
+    block = HEAD_BLOCK_BYTES + FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + learned
     head = responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + block
-    # the sums of a run's layers, and the one matrix that is being added
-    gradients = (shape.layer_parameters * together + shape.hidden * shape.intermediate) * FLOAT32_BYTES
+    # the sums of a run's layers (of all layers, where an optimizer wants them), and the one that is being added
+    sums = shape.layer_parameters * together * plain + shape.hidden * shape.intermediate
+    gradients = 0 if work.frozen else sums * FLOAT32_BYTES
     if work.reference is not None:
         # it scores before the step begins: what its layers need beyond what the step has for its own
         theirs = _streamed_bytes(work.reference, work.storage_bytes, compute)

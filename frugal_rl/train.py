@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .arms import DENSE
+from .arms import DENSE, check_resumable
 from .baselines import Dense, require
 from .config import Recipe
 from .correct import ASTRAY
@@ -554,8 +554,10 @@ def resume(session: Session, journal: Journal, report: Reporter) -> None:
     """Bring a fresh session to the journal's last step.
 
     Slots and micro-batches are those of the run, whatever memory is free now: they decide the order of sums.
-    Raises InputError where the problems are not those that the run began with.
+    Raises InputError where the problems are not those that the run began with, and for a baseline, whose
+    optimizer has a state.
     """
+    check_resumable(session.recipe.learner.kind, journal.folder)
     check_unchanged(session.problems, read_run_file(journal.folder), journal.folder)
     for patch in journal.replay():
         session.policy.weights.write_patch_(patch)

@@ -152,13 +152,33 @@ def test_8_bit_moments_follow_float32_moments() -> None:
     assert 0 < error < 0.05
 
 
+def untouched(dense: Dense) -> bool:
+    """Every moment and count of steps is 0."""
+    return not any(torch.as_tensor(v).any() for s in dense.optimizer.state.values() for v in s.values())
+
+
+@pytest.mark.parametrize("kind,entry_bytes", [("adamw", 8), ("adamw8bit", 2), ("sgd-momentum", 4)])
+def test_the_states_are_there_before_the_first_step_and_none_comes_with_it(
+    kind: str, entry_bytes: int
+) -> None:
+    weights = Weights({"w": torch.ones(128, 64, dtype=torch.bfloat16)})
+    dense = Dense(weights, optimizer(kind, 0.1), None)
+    before = dense.nbytes
+    # 8-bit states have scales and a table of values besides
+    assert before == pytest.approx((4 + entry_bytes) * 128 * 64, rel=0.1)
+    update = dense.begin()
+    update.propose("w", torch.randn(128, 64))
+    assert update.commit().entries
+    assert dense.nbytes == before
+
+
 def test_a_zero_gradient_moves_nothing_not_even_the_count_of_steps() -> None:
     weights = Weights({"w": torch.ones(4, 4)})
     dense = Dense(weights, optimizer("adamw", 1.0), 1.0)
     update = dense.begin()
     update.propose("w", torch.zeros(4, 4))
     assert update.commit().entries == 0
-    assert not dense.optimizer.state
+    assert untouched(dense)
     assert torch.equal(weights.tensors["w"], torch.ones(4, 4))
 
 
@@ -171,7 +191,7 @@ def test_a_gradient_that_is_not_finite_drops_the_step(bad: float) -> None:
     commit = update.commit()
     assert commit.dropped is not None and "norm" in commit.dropped
     assert torch.equal(weights.tensors["w"], torch.ones(4, 4))
-    assert not dense.optimizer.state
+    assert untouched(dense)
 
 
 def test_out_of_memory_in_the_optimizer_ends_the_run_and_is_not_tried_again(
@@ -209,11 +229,15 @@ def run(tmp_path: Path, *changes: str) -> tuple[dict[str, Any], Path, dict[str, 
     return summary, folder, policy
 
 
-@pytest.mark.parametrize("kind,lr", [("adamw", "1e-4"), ("adamw8bit", "1e-4"), ("sgd-momentum", "1e-3")])
+@pytest.mark.parametrize(
+    "kind,lr,minibatches",
+    [("adamw", "1e-4", 1), ("adamw", "1e-4", 2), ("adamw8bit", "1e-4", 1), ("sgd-momentum", "1e-3", 1)],
+)
 def test_a_runs_patch_makes_the_checkpoint_its_policy_bit_for_bit(
-    kind: str, lr: str, tmp_path: Path, tiny_folder: Path
+    kind: str, lr: str, minibatches: int, tmp_path: Path, tiny_folder: Path
 ) -> None:
-    summary, folder, policy = run(tmp_path, f"learner.kind={kind}", f"learner.lr={lr}")
+    changes = [f"learner.kind={kind}", f"learner.lr={lr}", f"learner.minibatches={minibatches}"]
+    summary, folder, policy = run(tmp_path, *changes)
     patch = Patch.load(folder / "patch.safetensors")
     assert sum(len(t.positions) for t in patch.tensors.values()) == summary["changed_any"] > 0
     checkpoint.apply(tiny_folder, folder / "patch.safetensors", tmp_path / "trained")
@@ -222,7 +246,11 @@ def test_a_runs_patch_makes_the_checkpoint_its_policy_bit_for_bit(
         got = torch.from_numpy(trained.bits(name).view("i2").copy())
         assert torch.equal(got, bits_of(tensor)), name
     # the journal's steps lead there too
-    journal, _ = Journal.open(folder)
+    journal, recipe = Journal.open(folder)
+    session_of = loop.open_session(recipe, QUIET, device=torch.device("cpu"))
+    # the masters would not know of it
+    with session_of as session, pytest.raises(InputError, match="cannot go on"):
+        loop.resume(session, journal, QUIET)
     with loop.open_session(load_recipe("tiny", SMALL), QUIET, device=torch.device("cpu")) as session:
         for step in journal.replay():
             session.policy.weights.write_patch_(step)

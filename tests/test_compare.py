@@ -152,7 +152,7 @@ def test_every_arm_gets_the_same_runs_and_the_best_rate_by_training_reward(
 ) -> None:
     study, ran = study_of(tmp_path), list[tuple[str, float, int]]()
 
-    def execute(run: Run) -> None:
+    def execute(run: Run, lock: int) -> None:
         ran.append((run.arm.name, run.lr, run.seed))
         # held-out accuracy is best at the lowest rate, reward at the highest: the reward decides
         pretend(run, 1 - run.lr, reward=run.lr)
@@ -192,7 +192,7 @@ def test_a_folder_of_another_recipe_is_not_taken_for_this_ones(tmp_path: Path) -
 def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, failed = study_of(tmp_path), dict[str, str]()
 
-    def execute(run: Run) -> str | None:
+    def execute(run: Run, lock: int) -> str | None:
         if run.arm.kind == "adamw":
             return "exit code 1: error: made here"
         if run.arm.kind == "lora" and run.seed == 2:
@@ -211,6 +211,19 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch:
         assert "adamw has no result: exit code 1: error: made here" in shown
         assert "lora:1: only seeds 0, 1 of 3 finished" in shown
         assert "the last seed" in shown
+
+
+def test_a_folder_that_a_run_left_behind_still_writes_to_is_not_touched(tmp_path: Path) -> None:
+    study = study_of(tmp_path / "out")
+    with compare._locked(study.folder) as lock:
+        left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
+    try:  # the comparison is gone, its run is not
+        with pytest.raises(InputError, match="at work here"):
+            run_all(study, lambda line: None, {})
+    finally:
+        left.communicate(b"\n", timeout=60)
+    with compare._locked(study.folder):
+        pass
 
 
 # --- the table

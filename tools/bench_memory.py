@@ -200,6 +200,8 @@ def learner_step(options: Options) -> dict[str, Any]:
         layers_together=together,
         baseline=other,
     )
+    if other:  # memory of states is taken when it is first written to
+        learner.step(rollouts, lambda logprob_BT: (logprob_BT.mean() * SCALE, {}))
     began, cpu = time.perf_counter(), time.process_time()
     step = learner.step(rollouts, lambda logprob_BT: (-SCALE * (logprob_BT.mean(1) * advantage_B).mean(), {}))
     return {
