@@ -285,7 +285,7 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     learned = 0 if work.frozen else FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + PROPOSAL_BYTES * plain
     block = HEAD_BLOCK_BYTES + FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + learned
     head = responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + block
-    # the sums of a run's layers (of all layers, where an optimizer wants them), and the one that is being added
+    # the sums of a run's layers (of all, where an optimizer wants them), and the matrix that is being added
     sums = shape.layer_parameters * together * plain + shape.hidden * shape.intermediate
     gradients = 0 if work.frozen else sums * FLOAT32_BYTES
     if work.reference is not None:
