@@ -1,13 +1,14 @@
 """Training on rollouts from a compressed KV cache: dense, uncorrected and corrected, side by side.
 
-    python tools/study_compression.py base FOLDER            the base model, about 15 minutes
+    python tools/study_compression.py base FOLDER            the base model, about 10 minutes
     python tools/study_compression.py budgets FOLDER         what compression alone costs the base
     python tools/study_compression.py runs FOLDER OUT [--seeds 0,1,2] [--arms dense,naive,sparse-rl]
     python tools/study_compression.py report OUT             the table, and OUT/compression.svg
 
-The task is `rounds:5`: `3; 5 rounds of a4b7c2d9e5`, whose working `1:a3+4=7,b7+7=4,...` is 187 to 224 tokens
+The task is `rounds:4`: `3; 4 rounds of a4b7c2d9e5`, whose working `1:a3+4=7,b7+7=14,...` is 154 to 218 tokens
 long. Every step needs the sum before it and its digit in the prompt: what an evicted entry costs shows.
-The base can work a problem out but seldom does (`WORKED_SHARE`), otherwise it guesses.
+The base is the embedded model, which can add digits, taught this task; it can work a problem out but seldom
+does (`WORKED_SHARE`), otherwise it guesses.
 Runs are `frugal-rl train` in processes of their own; one that is finished is not repeated.
 """
 
@@ -32,21 +33,21 @@ from frugal_rl.evaluate import evaluate
 from frugal_rl.generate.engine import Engine
 from frugal_rl.generate.eviction import Eviction
 from frugal_rl.generators import GENERATORS, Draw
+from frugal_rl.models import find_model
 from frugal_rl.rewards.answers import Verdict
 from frugal_rl.tasks import is_heldout
 from frugal_rl.train import Reporter, open_session
 
-TASK_LEVEL: Final = 5
+TASK_LEVEL: Final = 4
 TASK: Final = f"rounds:{TASK_LEVEL}"
-LEVELS: Final = (1, 1, 2, 3, 5)  # of the lessons: most is learned on short answers
-LAYERS: Final = 3
-SKILL_STEPS: Final = 330
+LEVELS: Final = (1, 2, 4)  # of the lessons: most is learned on short answers
+SKILL_STEPS: Final = 170
 HABIT_STEPS: Final = 40
-BATCH: Final = 64
+BATCH: Final = 48
 WORKED_SHARE: Final = 0.35
 WORKED_TOKENS: Final = 20  # an answer that is guessed has two
 BUFFER: Final = 16  # entries besides the budget
-PROBLEMS: Final = 200  # held out
+PROBLEMS: Final = 100  # held out
 SEED: Final = 4321
 
 
@@ -57,7 +58,7 @@ def working(prompt: str) -> str:
     for turn in range(1, rounds + 1):
         steps = []
         for name, digit in zip("abcde", digits, strict=True):
-            steps.append(f"{name}{total}+{digit}={(total + digit) % 10}")
+            steps.append(f"{name}{total}+{digit}={total + digit}")
             total = (total + digit) % 10
         lines.append(f"{turn}:{','.join(steps)};")
     return f"{''.join(lines)}\n{total}"
@@ -82,8 +83,8 @@ def build_base(folder: Path) -> None:
     torch.set_num_threads(1)
     folder.mkdir(parents=True)
     build_tiny.write_tokenizer(folder)
-    torch.manual_seed(SEED)
-    model = build_tiny.new_model(LAYERS)
+    tiny = find_model("tiny").folder
+    model = build_tiny.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     tokenizer = build_tiny.AutoTokenizer.from_pretrained(folder)
     build_tiny.train(model, tokenizer, lessons(), SKILL_STEPS + HABIT_STEPS)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -137,7 +138,7 @@ def settings(folder: Path) -> list[str]:
         f"data.heldout={PROBLEMS}",
         "reward.kind=numeric",
         "rollout.max_tokens=240",
-        "rollout.prompts=16",
+        "rollout.prompts=8",
     ]
 
 
