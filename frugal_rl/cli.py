@@ -10,7 +10,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from .cli_analyse import analyse
+from .cli_analyse import analyse, report
 from .cli_patch import patch, print_result
 from .cli_reward import reward
 from .config import (
@@ -38,7 +38,7 @@ Overrides = tuple[str, ...]
 DEFAULT_RECIPE = "tiny"
 PLAN_RECIPE = "math-qwen2.5-7b-24gib"  # batch and lengths of a plan that names a model alone
 PLAN_MEMORY = "24GiB"  # one consumer GPU
-RESUMABLE = frozenset({"train.steps", "train.eval_every", "memory.budget"})
+RESUMABLE = frozenset({"train.steps", "train.eval_every", "train.log", "memory.budget"})
 
 
 def main() -> None:
@@ -81,6 +81,7 @@ def cli() -> None:
 cli.add_command(patch)
 cli.add_command(reward)
 cli.add_command(analyse)
+cli.add_command(report)
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,6 +110,7 @@ def _overrides(model: str | None, data: str | None, seed: int | None, rest: Over
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder [runs/RECIPE-N].")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run.")
 @click.option("--force", is_flag=True, help="Replace the run folder if it exists.")
+@click.option("--log", metavar="SINK", help="Short for --set train.log=...: tensorboard, trackio or wandb.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def train(
     recipe: str | None,
@@ -119,6 +121,7 @@ def train(
     output: Path | None,
     resume: Path | None,
     force: bool,
+    log: str | None,
     as_json: bool,
 ) -> None:
     """Train a model by RL; with no argument, the embedded one, in about a minute.
@@ -128,6 +131,7 @@ def train(
     from .journal import Journal
 
     changes = _overrides(model, data, seed, overrides)
+    changes += [f"train.log={toml_value(log)}"] if log is not None else []
     if resume is not None:
         if recipe is not None or output is not None or force:
             raise InputError("--resume takes its recipe and folder from the run; leave the others out")
@@ -147,7 +151,9 @@ def _run(config: Recipe, journal: Any, *, resumed: bool, force: bool) -> dict[st
     from . import train as loop
     from .journal import Journal
     from .patch import write_atomically
+    from .sinks import check_sink, open_sink
 
+    check_sink(config.train.log)
     with Console(config.train.steps, f"frugal-rl · {config.model.name}") as console:
         report = loop.Reporter(console.say, console.step)
         with loop.open_session(config, report) as session, _interrupts(console.say) as stopped:
@@ -158,7 +164,13 @@ def _run(config: Recipe, journal: Any, *, resumed: bool, force: bool) -> dict[st
             else:
                 journal = Journal.create(journal.folder, config, force=force)
             try:
-                return loop.train(session, journal, report, stopped)
+                with open_sink(config, journal, console.say) as send:
+
+                    def step(row: Mapping[str, Any]) -> None:
+                        console.step(row)
+                        send()
+
+                    return loop.train(session, journal, replace(report, step=step), stopped)
             except (OSError, FrugalError, KeyboardInterrupt):
                 console.say(
                     f"{journal.folder} is complete up to step {journal.step}; "

@@ -1,4 +1,4 @@
-"""`frugal-rl analyse`: what an update did to the weights."""
+"""`frugal-rl analyse` and `frugal-rl report`: what an update did to the weights, what a run did."""
 
 from __future__ import annotations
 
@@ -123,3 +123,17 @@ def _overlap(patch: Patch, other: str, base: Checkpoint) -> Overlap:
 
     theirs, _, _ = _load(other, None, None)
     return overlap(patch.tensors, theirs.tensors, base)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The page [RUN/report.html].")
+@click.option("--force", is_flag=True, help="Replace the file given by -o if it exists.")
+def report(run: Path, output: Path | None, force: bool) -> None:
+    """Write a page of plots, numbers and responses of RUN, finished or not. It reads without a network."""
+    from .report import run as view
+
+    path = output or run / "report.html"
+    if output is not None:
+        check_output(path, force)
+    write_page(path, view.as_page(view.read_run(run)))

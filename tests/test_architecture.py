@@ -48,7 +48,8 @@ LEVELS = [
     ["doctor", "stream", "storage", "weights"],
     ["decoder"],
     ["policy", "learn", "generate.cache", "generate.eviction", "generate.sample", "generate.engine"],
-    ["sampled", "update", "evaluate", "journal"],
+    ["peaks", "sampled", "update", "evaluate", "journal", "sinks"],
+    ["report.run"],
     ["train"],
     ["cli_patch", "cli_analyse", "cli_reward", "cli"],
 ]

@@ -34,7 +34,7 @@ p { margin: 0 0 10px; max-width: 75ch; }
 nav { margin: 12px 0 0; font-size: .9rem; }
 nav a { margin-right: 14px; }
 a { color: var(--c0); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 10px;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px;
   margin: 18px 0 0; }
 .tile, figure, .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .tile { padding: 10px 12px; }
@@ -76,9 +76,10 @@ th, td { text-align: right; padding: 3px 10px; border-bottom: 1px solid var(--li
 th { font-weight: 600; color: var(--soft); }
 thead th { vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
-.card { padding: 10px 12px; margin: 0 0 10px; }
+.card { padding: 10px 12px 2px; min-width: 0; }
 pre { margin: 0; padding: 10px 12px; overflow-x: auto; font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo,
   Consolas, monospace; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.prompt { color: var(--soft); }
 pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; border: 0; padding: 4px 0; background: none; }
 .badge { display: inline-block; font-size: .78rem; padding: 0 7px; border-radius: 9px;
   border: 1px solid var(--c, var(--axis)); }
