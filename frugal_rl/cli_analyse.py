@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,11 +75,16 @@ def check_output(path: Path, force: bool) -> None:
 
 
 def write_page(path: Path, text: str) -> None:
-    """The file, whole or not at all; says so."""
+    """The file, whole or not at all; says so. Raises InputError."""
     from .patch import write_atomically
 
     data = text.encode()
-    write_atomically(path, data)
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise InputError(f"{path}: cannot be written ({error.strerror}); give another place") from error
     click.echo(f"{path}: {len(data):,} bytes, open it in a browser", err=True)
 
 
@@ -89,11 +95,15 @@ def _load(target: str, trained: Path | None, base: str | None) -> tuple[Patch, s
     from .patch import Patch
 
     path = Path(target)
+    is_run = (path / "recipe.toml").is_file()
     if trained is not None:
+        if is_run or path.is_file():
+            kind = "run" if is_run else "file"
+            raise InputError(f"{target} is a {kind}, no checkpoint: compare two updates by --with {trained}")
         if base is not None:
             raise InputError("--base is for a patch: BASE TRAINED has its base")
         return checkpoint.diff(find_model(target).folder, trained, name=target), target, None
-    if (path / "recipe.toml").is_file():
+    if is_run:
         if base is not None:
             raise InputError("--base is for a patch: a run has its base in its recipe")
         return _load_run(path)

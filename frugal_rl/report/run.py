@@ -356,7 +356,11 @@ def _memory(run: Run) -> str:
     columns = {
         phase: (lambda row, phase=phase: (row.get("phase_peak_bytes") or {}).get(phase)) for phase in PHASES
     }
-    explain = "The height of a stretch is the peak of its phase, the weights and the process itself included."
+    explain = "The height of a stretch is the peak of its phase, the weights included."
+    if run.session is not None and not run.session["environment"]["devices"]:
+        explain += (
+            " On a CPU it is the process's resident memory, its libraries and what it freed but kept too."
+        )
     keys = [Key(phase, place) for place, phase in enumerate(PHASES)]
     numbers = _numbers(run, {**columns, "since the start": lambda row: row["peak_memory_bytes"]}, mebibytes)
     return figure(title, plot, keys=keys, note=explain, numbers=numbers, whole=True)
