@@ -45,3 +45,16 @@ def test_where_the_peak_cannot_be_set_back_a_phases_is_unknown(monkeypatch: pyte
     held.begin()
     assert held.end() is None
     assert held.most_bytes > 10 * MIB
+
+
+def test_on_a_gpu_the_allocators_own_peak_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = [0]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 10))
+    held = Peaks(torch.device("cuda"))
+    peak[0] = 500  # while loading
+    held.begin()
+    peak[0] = 300
+    assert held.end() == 300
+    held.begin()
+    assert (held.end(), held.most_bytes) == (10, 500)
