@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from frugal_rl.patch import Patch
@@ -134,6 +135,38 @@ def test_light_and_dark_have_the_same_colours_by_name() -> None:
     names = [set(re.findall(r"(--\w+): #", part)) for part in (light, dark)]
     assert names[1] <= names[0] and len(names[1]) >= plots.COLOURS + 5
     assert len(page.LIGHT) == len(page.DARK) == plots.COLOURS
+
+
+def linear(colour: str) -> np.ndarray:
+    """sRGB as light."""
+    value = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+def oklab(light: np.ndarray) -> np.ndarray:
+    """Ottosson, 2020."""
+    to_cones = [[0.41222, 0.53633, 0.05145], [0.21190, 0.68070, 0.10740], [0.08830, 0.28172, 0.62998]]
+    to_lab = [[0.21045, 0.79362, -0.00407], [1.97800, -2.42859, 0.45059], [0.02590, 0.78277, -0.80868]]
+    return np.array(to_lab) @ np.cbrt(np.array(to_cones) @ np.clip(light, 0, 1))
+
+
+BLIND = {  # Machado, Oliveira, Fernandes 2009, severity 1
+    "none": np.eye(3),
+    "protan": [[0.15229, 1.05258, -0.20487], [0.11450, 0.78628, 0.09922], [-0.00388, -0.04812, 1.05200]],
+    "deutan": [[0.36732, 0.86065, -0.22797], [0.28009, 0.67250, 0.04741], [-0.01182, 0.04294, 0.96888]],
+    "tritan": [[1.25553, -0.07675, -0.17878], [-0.07841, 0.93081, 0.14760], [0.00473, 0.69137, 0.30390]],
+}
+
+
+@pytest.mark.parametrize("palette, ground", [(page.LIGHT, "#ffffff"), (page.DARK, "#1e1e1c")])
+def test_colours_stand_out_and_apart_for_every_eye(palette: tuple[str, ...], ground: str) -> None:
+    """Contrast 3: WCAG 2.2, 1.4.11. Distance 0.1 in OKLab: five just noticeable differences of 0.02."""
+    luminance = [0.05 + linear(c) @ [0.2126, 0.7152, 0.0722] for c in (*palette, ground)]
+    assert all(max(x, luminance[-1]) / min(x, luminance[-1]) >= 3 for x in luminance[:-1])
+    for sight in BLIND.values():
+        seen = [oklab(np.array(sight) @ linear(c)) for c in palette]
+        pairs = {(i, i + 1) for i in range(7)} | {(i, j) for j in range(5) for i in range(j)}
+        assert min(np.linalg.norm(seen[i] - seen[j]) for i, j in pairs) >= 0.1
 
 
 def test_what_comes_from_outside_is_escaped() -> None:
