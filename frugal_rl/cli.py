@@ -10,7 +10,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from .arms import check_resumable, forms_of
-from .cli_analyse import analyse
+from .cli_analyse import analyse, report
 from .cli_compare import compare
 from .cli_export import export
 from .cli_patch import patch, print_result
@@ -41,7 +41,7 @@ Overrides = tuple[str, ...]
 DEFAULT_RECIPE = "tiny"
 PLAN_RECIPE = "math-qwen2.5-7b-24gib"  # batch and lengths of a plan that names a model alone
 PLAN_MEMORY = "24GiB"  # one consumer GPU
-RESUMABLE = frozenset({"train.steps", "train.eval_every", "memory.budget"})
+RESUMABLE = frozenset({"train.steps", "train.eval_every", "train.log", "memory.budget"})
 
 
 def main() -> None:
@@ -89,6 +89,7 @@ cli.add_command(patch)
 cli.add_command(export)
 cli.add_command(reward)
 cli.add_command(analyse)
+cli.add_command(report)
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,6 +121,7 @@ def _overrides(model: str | None, data: str | None, seed: int | None, rest: Over
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Run folder [runs/RECIPE-N].")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run.")
 @click.option("--force", is_flag=True, help="Replace the run folder if it exists.")
+@click.option("--log", metavar="SINK", help="Short for --set train.log=...: tensorboard, trackio or wandb.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def train(
     recipe: str | None,
@@ -131,6 +133,7 @@ def train(
     output: Path | None,
     resume: Path | None,
     force: bool,
+    log: str | None,
     as_json: bool,
 ) -> None:
     """Train a model by RL; with no argument, the embedded one, in about a minute.
@@ -142,6 +145,7 @@ def train(
     if generator is not None:
         overrides = (f"rollout.generator={toml_value(generator)}", *overrides)
     changes = _overrides(model, data, seed, overrides)
+    changes += [f"train.log={toml_value(log)}"] if log is not None else []
     if resume is not None:
         if recipe is not None or output is not None or force:
             raise InputError("--resume takes its recipe and folder from the run; leave the others out")
@@ -163,7 +167,9 @@ def _run(config: Recipe, journal: Any, *, resumed: bool, force: bool) -> dict[st
     from .curation import read_run_file, run_files
     from .journal import Journal
     from .patch import write_atomically
+    from .sinks import check_sink, open_sink
 
+    check_sink(config.train.log)
     with Console(config.train.steps, f"frugal-rl · {config.model.name}") as console:
         report = loop.Reporter(console.say, console.step)
         solved = read_run_file(journal.folder).get("solved") if resumed else None
@@ -179,7 +185,13 @@ def _run(config: Recipe, journal: Any, *, resumed: bool, force: bool) -> dict[st
                     lines = len(session.problems.left_out)
                     console.say(f"{journal.folder}/left_out.jsonl lists the {lines} problems left out")
             try:
-                return loop.train(session, journal, report, stopped)
+                with open_sink(config, journal, console.say) as send:
+
+                    def step(row: Mapping[str, Any]) -> None:
+                        console.step(row)
+                        send()
+
+                    return loop.train(session, journal, replace(report, step=step), stopped)
             except (OSError, FrugalError, KeyboardInterrupt):
                 further = f"; go on with: frugal-rl train --resume {journal.folder}"
                 plain = config.learner.kind == "sgd"

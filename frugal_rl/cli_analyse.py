@@ -1,7 +1,8 @@
-"""`frugal-rl analyse`: what an update did to the weights."""
+"""`frugal-rl analyse` and `frugal-rl report`: what an update did to the weights, what a run did."""
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,11 +75,16 @@ def check_output(path: Path, force: bool) -> None:
 
 
 def write_page(path: Path, text: str) -> None:
-    """The file, whole or not at all; says so."""
+    """The file, whole or not at all; says so. Raises InputError."""
     from .patch import write_atomically
 
     data = text.encode()
-    write_atomically(path, data)
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise InputError(f"{path}: cannot be written ({error.strerror}); give another place") from error
     click.echo(f"{path}: {len(data):,} bytes, open it in a browser", err=True)
 
 
@@ -89,11 +95,15 @@ def _load(target: str, trained: Path | None, base: str | None) -> tuple[Patch, s
     from .patch import Patch
 
     path = Path(target)
+    is_run = (path / "recipe.toml").is_file()
     if trained is not None:
+        if is_run or path.is_file():
+            kind = "run" if is_run else "file"
+            raise InputError(f"{target} is a {kind}, no checkpoint: compare two updates by --with {trained}")
         if base is not None:
             raise InputError("--base is for a patch: BASE TRAINED has its base")
         return checkpoint.diff(find_model(target).folder, trained, name=target), target, None
-    if (path / "recipe.toml").is_file():
+    if is_run:
         if base is not None:
             raise InputError("--base is for a patch: a run has its base in its recipe")
         return _load_run(path)
@@ -124,3 +134,17 @@ def _overlap(patch: Patch, other: str, base: Checkpoint) -> Overlap:
 
     theirs, _, _ = _load(other, None, None)
     return overlap(patch.tensors, theirs.tensors, base)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The page [RUN/report.html].")
+@click.option("--force", is_flag=True, help="Replace the file given by -o if it exists.")
+def report(run: Path, output: Path | None, force: bool) -> None:
+    """Write a page of plots, numbers and responses of RUN, finished or not. It reads without a network."""
+    from .report import run as view
+
+    path = output or run / "report.html"
+    if output is not None:
+        check_output(path, force)
+    write_page(path, view.as_page(view.read_run(run)))

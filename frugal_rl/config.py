@@ -170,6 +170,7 @@ class Train:
     seed: Seed = 0
     eval_every: Count | None = None  # steps; absent: only before the first and after the last
     patience: Count | None = None  # evaluations without a better one before it stops; absent: never
+    log: Literal["tensorboard", "trackio", "wandb"] | None = None  # where metrics go besides the run folder
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """The run folder: what a run leaves, written so that a crash at any instant costs no committed step.
 
     recipe.toml         the resolved recipe
-    journal/00000001.safetensors ...   one small patch a step, written once, with the step's counters and
-                        metrics and the hash of the file before; base + all of them is the policy
+    session.json        the plan and the environment of the last session
+    journal/00000001.safetensors ...   one small patch a step, written once, with the step's counters,
+                        metrics and samples and the hash of the file before; base + all is the policy
     validation.jsonl    a line for each evaluation on the held-out problems: step, accuracy, and a 1 or
                         a 0 for each problem
     metrics.jsonl       a line a step, written anew from the journal when a run goes on
+    samples.jsonl       a few responses a step, as they were judged; written as metrics.jsonl is
     problems.json       how many problems, their hash, what the base solved; left_out.jsonl: the others
     summary.json, patch.safetensors    at the end of every session
 
@@ -19,7 +21,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -29,6 +31,17 @@ from typing import Any
 from .config import Recipe, load_recipe
 from .errors import InputError
 from .patch import Patch, PatchError, write_atomically
+
+SAMPLE_CHARACTERS = 2000  # of a prompt or a response that is kept
+
+
+def shortened(text: str) -> str:
+    """A long text without its middle."""
+    left = len(text) - SAMPLE_CHARACTERS
+    if left <= 0:
+        return text
+    half = SAMPLE_CHARACTERS // 2
+    return f"{text[:half]} [... {left:,} characters left out ...] {text[-half:]}"
 
 
 @dataclass
@@ -40,6 +53,7 @@ class Journal:
     drawn: int = 0  # problems drawn so far, the data's only state
     tip: str = ""  # hash of the last step's file
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
     validations: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what a person should be told
 
@@ -60,7 +74,8 @@ class Journal:
         sibling = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
         (sibling / "journal").mkdir(parents=True)
         write_atomically(sibling / "recipe.toml", recipe.to_toml().encode())
-        (sibling / "metrics.jsonl").touch()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            (sibling / name).touch()
         for name, data in files.items():
             write_atomically(sibling / name, data)
         os.rename(sibling, folder)  # a run folder appears whole
@@ -103,21 +118,35 @@ class Journal:
     def _advance(self, meta: Mapping[str, Any], data: bytes) -> None:
         self.step, self.drawn = int(meta["step"]), int(meta["drawn"])
         self.metrics.append(dict(meta["metrics"]))
+        self.samples += meta.get("samples", [])  # runs of earlier versions have none
         self.tip = blake2b(data, digest_size=16).hexdigest()
 
-    def commit(self, patch: Patch, drawn: int, metrics: Mapping[str, Any]) -> int:
-        """Make a step durable, then add its line to metrics.jsonl. Returns the bytes of its file."""
+    def commit(
+        self,
+        patch: Patch,
+        drawn: int,
+        metrics: Mapping[str, Any],
+        samples: Sequence[Mapping[str, Any]] = (),
+    ) -> int:
+        """Make a step durable, then add its lines for people. Returns the bytes of its file."""
         meta = {"step": self.step + 1, "drawn": drawn, "previous": self.tip, "metrics": dict(metrics)}
+        meta["samples"] = [dict(sample) for sample in samples]
         data = Patch(patch.tensors, patch.base, meta).encode()
         write_atomically(self.path(self.step + 1), data)
         self._advance(meta, data)
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        self._append("metrics.jsonl", [json.dumps(metrics)])
+        # as the journal gives them back: a run that was resumed leaves the same file
+        self._append("samples.jsonl", [json.dumps(sample, sort_keys=True) for sample in samples])
         return len(data)
+
+    def _append(self, name: str, lines: list[str]) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
 
     def restore(self) -> None:
         """Bring the files beside the journal to the steps replayed."""
         self._rewrite("metrics.jsonl", self.metrics)
+        self._rewrite("samples.jsonl", self.samples)
         path = self.folder / "validation.jsonl"
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:

@@ -27,28 +27,21 @@ from .config import Recipe
 from .correct import ASTRAY
 from .curation import Base, check_unchanged, drop_bad_golds, drop_never_and_always_solved, read_run_file
 from .decoder import check_supported, longest_sequence
+from .doctor import examine
 from .errors import FrugalError, InputError
 from .evaluate import Evaluation, Score, evaluate
 from .generate.engine import Engine, room_for
 from .generate.eviction import Eviction
 from .generate.llamacpp import LlamaEngine, Twin
 from .generate.sample import Sampler, StopText, Truncation
-from .journal import Journal
+from .journal import Journal, shortened
 from .learn import Learner
 from .lora import Adapters, make_baseline
 from .loss import ALGORITHMS, overlong_penalty
-from .memory import (
-    Plan,
-    Shape,
-    Work,
-    host_bytes,
-    peak_resident_bytes,
-    plan,
-    return_large_blocks,
-    with_learner,
-)
+from .memory import Plan, Shape, Work, host_bytes, plan, return_large_blocks, with_learner
 from .models import ModelFiles, find_model, load_config, load_tokenizer
 from .patch import Patch
+from .peaks import Peaks
 from .policy import Policy, best_device, load_policy, load_reference
 from .problems import Problem, ProblemSet, draw, load_problems
 from .reward import Judgement, Verifier, refuse_errors
@@ -59,6 +52,7 @@ from .weights import export, step_patch
 TRAINING = 1  # first word of the random keys; evaluation has its own
 REFILLS = 8  # dynamic sampling: rounds of prompts drawn for one step before it goes on with what it has
 ASTRAY_MOST = 0.1  # of a step's responses may have gone astray under compression: more, and the run says so
+SAMPLES = 2  # responses a step, each to another problem, that the run folder keeps for people
 STILL_STEPS = 3  # so many steps in a row without a changed weight, and the run stops
 
 
@@ -82,6 +76,7 @@ class Session:
     engine: Sampler
     learner: Learner
     verifier: Verifier
+    peaks: Peaks
     baseline: Dense | Adapters | None = None
 
     def changed_counts(self) -> tuple[int, int]:
@@ -160,6 +155,7 @@ def open_session(
             ),
             verifier=verifier,
             baseline=baseline,
+            peaks=Peaks(device),
         )
 
 
@@ -255,6 +251,7 @@ def train(
     """
     recipe, began = session.recipe, time.perf_counter()
     dense = recipe.learner.kind in DENSE
+    journal.write_json("session.json", {**_planned(session), "environment": examine()})
     if not journal.step:  # the micro-batches of a run that goes on have been through whole steps
         preflight(
             session.learner,
@@ -325,7 +322,7 @@ def _say_still(session: Session, still: int, row: Mapping[str, Any], report: Rep
 
 def _step(session: Session, journal: Journal, step: int, report: Reporter) -> dict[str, Any]:
     """Generate, verify, learn, commit. Returns the step's metrics."""
-    clock = _Clock()
+    clock = _Clock(session.peaks)
     groups, drawn, sampled = _sample_groups(session, journal.drawn, clock)
     with clock("learn"):
         learned = learn_within_memory(session.learner, session.recipe, groups, report.say, step=step)
@@ -335,11 +332,14 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
     any_bit, moved = session.changed_counts()
     rollouts = [r for g in groups for r in g.rollouts]
     lengths = [len(r.response_ids) for r in rollouts]
+    ended = [len(r.response_ids) for r in rollouts if not r.truncated]
+    rewards = [x for g in groups for x in g.rewards]
     verdicts = Counter(j.verdict.value for g in groups for j in g.judgements)
     parts = sorted({name for g in groups for j in g.judgements for name in j.parts})
     row: dict[str, Any] = {
         "step": step,
-        "reward": float(np.mean([x for g in groups for x in g.rewards])),
+        "reward": float(np.mean(rewards)),
+        "reward_std": float(np.std(rewards, ddof=1)),
         "correct": verdicts["correct"] / len(rollouts),
         "verdicts": dict(verdicts),
         **{f"reward/{p}": float(np.mean([j.parts[p] for g in groups for j in g.judgements])) for p in parts},
@@ -347,7 +347,9 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
         "signal_groups": sum(g.has_signal for g in groups),
         "sampled_groups": sampled,
         "response_tokens": float(np.mean(lengths)),
+        "shortest_tokens": min(lengths),
         "longest_tokens": max(lengths),
+        "ended_tokens": float(np.mean(ended)) if ended else None,
         "truncated": sum(r.truncated for r in rollouts) / len(rollouts),
         "loss": learned.loss if learned else None,
         "entropy": learned.entropy if learned else None,
@@ -364,14 +366,31 @@ def _step(session: Session, journal: Journal, step: int, report: Reporter) -> di
         "micro_tokens": session.learner.micro_tokens,
         "generated_tokens": sum(lengths),
         "tokens_per_s": sum(lengths) / clock.seconds["generate"],
-        "peak_memory_bytes": peak_memory_bytes(session.policy.decoder.device),
+        "peak_memory_bytes": session.peaks.most_bytes,
     }
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    row |= {"seconds": clock.total(), "phase_seconds": clock.seconds}
+    row |= {"seconds": clock.total(), "phase_seconds": clock.seconds, "phase_peak_bytes": clock.peak_bytes}
     assert weights.base_info is not None
     base = replace(weights.base_info, fingerprints={})
-    journal.commit(step_patch(weights, changed, base, {}), drawn, row)
+    patch = step_patch(weights, changed, base, {})
+    journal.commit(patch, drawn, row, [_sample(session, step, group) for group in groups[:SAMPLES]])
     return row
+
+
+def _sample(session: Session, step: int, group: Group) -> dict[str, Any]:
+    """A group's first response, for people to read."""
+    rollout, judgement = group.rollouts[0], group.judgements[0]
+    return {
+        "step": step,
+        "problem": group.problem.id,
+        "prompt": shortened(group.problem.prompt),
+        "response": shortened(session.policy.text(rollout.response_ids)),
+        "answer": shortened(group.problem.answer),
+        "verdict": judgement.verdict.value,
+        "reward": group.rewards[0],
+        "tokens": len(rollout.response_ids),
+        "truncated": rollout.truncated,
+    }
 
 
 def _sample_groups(session: Session, drawn: int, clock: _Clock) -> tuple[list[Group], int, int]:
@@ -510,11 +529,10 @@ def _finish(
         "patch_bytes": patch_bytes,
         "train_seconds": train_s,
         "session_seconds": time.perf_counter() - began,
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": session.peaks.most_bytes,
         "weights_bytes": weights.nbytes,
         "optimizer_bytes": session.baseline.nbytes if session.baseline else 0,
-        "planned_memory_bytes": session.plan.peak_bytes + session.policy.held_bytes,
-        "plan": session.plan.as_json(),
+        **_planned(session),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
     journal.write_json("summary.json", summary)
@@ -569,27 +587,36 @@ def resume(session: Session, journal: Journal, report: Reporter) -> None:
         report.say(note)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak on the device since the process began; on a CPU, peak resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_resident_bytes()
+def _planned(session: Session) -> dict[str, Any]:
+    """What a run is expected to take; `held_memory_bytes` of it before its weights are read."""
+    held = session.policy.held_bytes
+    return {
+        "planned_memory_bytes": session.plan.peak_bytes + held,
+        "held_memory_bytes": held,
+        "plan": session.plan.as_json(),
+    }
 
 
 class _Clock:
-    """Seconds by phase. Phases do not nest."""
+    """Seconds and peak memory by phase. Phases do not nest; of one that comes again the peaks' largest."""
 
-    def __init__(self) -> None:
+    def __init__(self, peaks: Peaks) -> None:
         self.seconds: dict[str, float] = {"generate": 0.0, "verify": 0.0, "learn": 0.0}
+        self.peak_bytes: dict[str, int | None] = {}
+        self._peaks = peaks
         self._began = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
+        self._peaks.begin()
         try:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - began
+            peak = self._peaks.end()
+            known = self.peak_bytes.get(phase)
+            self.peak_bytes[phase] = peak if known is None or peak is None else max(known, peak)
 
     def total(self) -> float:
         return time.perf_counter() - self._began

@@ -119,6 +119,8 @@ def test_an_int8_run_is_analysed_on_its_checkpoint(tmp_path: Path) -> None:
 def test_what_cannot_be_analysed_is_refused(trained: Path, tiny_folder: Path, tmp_path: Path) -> None:
     assert "no such run" in refused("analyse", "nothing", cwd=tmp_path)
     assert "BASE TRAINED" in refused("analyse", tiny_folder, cwd=tmp_path)
+    assert "--with run2" in refused("analyse", "run", "run2", cwd=trained)
+    assert "cannot be written" in refused("report", "run", "-o", "/proc/page.html", cwd=trained)
     assert "--base is for a patch" in refused("analyse", "run", "--base", "tiny", cwd=trained)
     assert "is a folder" in refused("analyse", "run", "--html", ".", cwd=trained)
     assert "no such folder" in refused("analyse", "run", "--html", "no/page.html", cwd=trained)

@@ -10,7 +10,7 @@ import pytest
 
 from frugal_rl.config import load_recipe
 from frugal_rl.errors import InputError
-from frugal_rl.journal import Journal
+from frugal_rl.journal import Journal, shortened
 from frugal_rl.patch import BaseInfo, Patch, PatchError, TensorPatch
 
 RECIPE = load_recipe("tiny")
@@ -138,3 +138,47 @@ def test_force_does_not_remove_what_is_not_a_run(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"recipe\.toml"):
         Journal.open(tmp_path)
+
+
+def test_samples_are_committed_with_their_step_and_written_anew_from_the_journal(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "run", RECIPE, force=False)
+    rows = [{"step": n, "response": "a\n\u2028\ud7ff" * n} for n in (1, 2, 3)]
+    for row in rows:
+        journal.commit(step_patch(row["step"]), 0, {"step": row["step"]}, [row, row])
+    file = tmp_path / "run" / "samples.jsonl"
+    whole = file.read_text()
+    assert [json.loads(line) for line in whole.splitlines()] == [row for row in rows for _ in (1, 2)]
+    journal.path(3).unlink()
+    for left in ("", whole[:-9], whole):
+        file.write_text(left)
+        again, _ = Journal.open(tmp_path / "run")
+        list(again.replay())
+        again.restore()
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 1, 2, 2]
+
+
+def test_a_run_of_a_version_without_samples_goes_on(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path / "run", RECIPE, force=False)
+    first = step_patch(1)
+    meta = {"step": 1, "drawn": 32, "previous": "", "metrics": {"step": 1}}
+    journal.path(1).write_bytes(Patch(first.tensors, first.base, meta).encode())
+    again, _ = Journal.open(tmp_path / "run")
+    assert len(list(again.replay())) == 1
+    again.restore()
+    assert again.samples == []
+
+
+def test_a_long_text_keeps_its_beginning_and_end() -> None:
+    text = "".join(str(n % 10) for n in range(5000))
+    short = shortened(text)
+    assert short == f"{text[:1000]} [... 3,000 characters left out ...] {text[-1000:]}"
+    assert shortened(text[:2000]) == text[:2000]
+
+
+def test_one_who_only_reads_leaves_a_torn_step_where_it_is(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", 3)
+    journal, _ = Journal.open(tmp_path / "run")
+    journal.path(3).write_bytes(b"torn")
+    assert len(list(journal.replay(keep=True))) == 2
+    assert journal.path(3).read_bytes() == b"torn"
+    assert "left out" in journal.notes[0]

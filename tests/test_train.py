@@ -49,7 +49,7 @@ def tiny() -> Iterator[loop.Session]:
 def groups_of(session: loop.Session, rewards: Callable[[int], float], start: int = 0) -> list[loop.Group]:
     """Real rollouts with made rewards: `rewards(i)` is what sample i of each group earns."""
     problems = session.problems.train[start : start + session.recipe.rollout.prompts]
-    groups = loop._generate(session, problems, start, loop._Clock())
+    groups = loop._generate(session, problems, start, loop._Clock(session.peaks))
     out = []
     for group in groups:
         paid = [rewards(i) for i in range(len(group.rollouts))]
@@ -194,11 +194,11 @@ def test_kl_pulls_towards_the_base() -> None:
 def test_dapo_refills_groups_without_signal_and_counts_what_it_sampled(tiny: loop.Session) -> None:
     recipe = load_recipe("tiny", [*SMALL, "loss.algorithm=dapo"])
     with session_of(recipe) as session:
-        groups, drawn, sampled = loop._sample_groups(session, 0, loop._Clock())
+        groups, drawn, sampled = loop._sample_groups(session, 0, loop._Clock(session.peaks))
         assert len(groups) == 4
         assert all(g.has_signal for g in groups)
         assert drawn == sampled >= 4
-    plain, drawn, sampled = loop._sample_groups(tiny, 0, loop._Clock())
+    plain, drawn, sampled = loop._sample_groups(tiny, 0, loop._Clock(tiny.peaks))
     assert (len(plain), drawn, sampled) == (4, 4, 4)
 
 
@@ -217,7 +217,7 @@ def test_each_draw_of_a_problem_has_its_own_random_numbers(tiny: loop.Session) -
     problem = [tiny.problems.train[0]]
     texts = []
     for drawn in (0, 20_000, 0):
-        group = loop._generate(tiny, problem, drawn, loop._Clock())[0]
+        group = loop._generate(tiny, problem, drawn, loop._Clock(tiny.peaks))[0]
         texts.append([r.response_ids.tolist() for r in group.rollouts])
     assert texts[0] == texts[2]
     assert texts[0] != texts[1]
@@ -415,6 +415,8 @@ def test_an_int8_run_that_is_resumed_ends_as_one_that_was_never_stopped(tmp_path
     patches, summaries, policies = whole_and_halves(load_recipe("tiny", INT8), tmp_path)
     assert same_bits(*policies)
     assert patches[0] == patches[1]
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "halves")]
+    assert samples[0] == samples[1] != ""
     assert summaries[0]["steps"] == 2
     assert summaries[0]["accuracy_exported"]["problems"] == 8
     assert 0 < summaries[0]["export_lost"] < summaries[0]["changed_any"]
@@ -489,3 +491,50 @@ def test_compression_that_destroys_what_the_answers_need_is_said_and_one_that_do
         assert all("astray_share" in row for row in journal.metrics)
     assert len(told[0]) == 1 and "raise rollout.kv_budget above 16" in told[0][0]
     assert told[1] == []
+
+
+def test_a_step_keeps_the_first_responses_of_two_problems_as_they_were_judged(
+    tiny: loop.Session, tmp_path: Path
+) -> None:
+    journal = Journal.create(tmp_path / "run", tiny.recipe, force=False)
+    groups, _, _ = loop._sample_groups(tiny, 0, loop._Clock(tiny.peaks))
+    loop._step(tiny, journal, 1, QUIET)
+    kept = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [s["problem"] for s in kept] == [g.problem.id for g in groups[:2]]
+    for sample, group in zip(kept, groups, strict=False):
+        assert sample["response"] == tiny.policy.text(group.rollouts[0].response_ids)
+        assert (sample["verdict"], sample["reward"]) == (group.judgements[0].verdict.value, group.rewards[0])
+
+
+def test_metrics_have_the_spread_of_rewards_lengths_and_each_phases_peak(
+    tiny: loop.Session, tmp_path: Path
+) -> None:
+    journal = Journal.create(tmp_path / "run", tiny.recipe, force=False)
+    groups, _, _ = loop._sample_groups(tiny, 0, loop._Clock(tiny.peaks))
+    row = loop._step(tiny, journal, 1, QUIET)
+    rewards = torch.tensor([x for g in groups for x in g.rewards])
+    lengths = [len(r.response_ids) for g in groups for r in g.rollouts]
+    ended = [len(r.response_ids) for g in groups for r in g.rollouts if not r.truncated]
+    assert row["reward_std"] == pytest.approx(rewards.std().item(), rel=1e-5)
+    assert (row["shortest_tokens"], row["longest_tokens"]) == (min(lengths), max(lengths))
+    assert row["ended_tokens"] == pytest.approx(sum(ended) / len(ended))
+    assert set(row["phase_peak_bytes"]) == {"generate", "verify", "learn"}
+    known = [peak for peak in row["phase_peak_bytes"].values() if peak is not None]
+    assert all(10 << 20 < peak <= row["peak_memory_bytes"] for peak in known)
+
+
+def test_the_plan_and_the_environment_are_there_from_the_start(tmp_path: Path) -> None:
+    recipe = load_recipe("tiny", SMALL)
+    with session_of(recipe) as session:
+        journal = Journal.create(tmp_path / "run", recipe, force=False)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(session, journal, QUIET, _interrupt)
+        assert not (tmp_path / "run" / "summary.json").exists()
+        found = json.loads((tmp_path / "run" / "session.json").read_text())
+        assert found["plan"] == session.plan.as_json()
+        assert found["planned_memory_bytes"] - found["held_memory_bytes"] == session.plan.peak_bytes
+        assert found["environment"]["packages"]["torch"] == torch.__version__
+
+
+def _interrupt() -> bool:
+    raise KeyboardInterrupt

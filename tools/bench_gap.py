@@ -45,7 +45,7 @@ def main() -> None:
         batches, policies, drawn = [], [], 0
         for _ in range(STEPS):
             policies.append({name: tensor.clone() for name, tensor in weights.tensors.items()})
-            groups, drawn, _ = loop._sample_groups(session, drawn, loop._Clock())
+            groups, drawn, _ = loop._sample_groups(session, drawn, loop._Clock(session.peaks))
             batches.append([r for group in groups for r in group.rollouts])
             learn(session.learner, recipe, groups)
 
@@ -67,7 +67,7 @@ def main() -> None:
         put(0)
         weights.compute_dtype = decoder.dtype = torch.bfloat16
         show(session, batches[0], "bf16 on the learner's side")
-        groups, _, _ = loop._sample_groups(session, 0, loop._Clock())
+        groups, _, _ = loop._sample_groups(session, 0, loop._Clock(session.peaks))
         show(session, [r for group in groups for r in group.rollouts], "bf16 on both sides")
 
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-# eight hues told apart by the colour-blind in this order, each with a contrast of 3 to its ground
-LIGHT = ("#2a6fc9", "#d9591f", "#118a5f", "#a97400", "#c03f86", "#5b49b8", "#4e7f12", "#6d6c68")
-DARK = ("#5b9df0", "#f08352", "#35b98a", "#d9a62e", "#e77fb4", "#9f90f2", "#8fbf4d", "#a09f9a")
+# contrast to the ground at least 3; neighbours, and any two of the first five, are told apart with each kind
+# of colour-blindness too (a test holds both)
+LIGHT = ("#2a6fc9", "#9f532a", "#03a786", "#bb8008", "#840c5f", "#7e64cc", "#475303", "#918c86")
+DARK = ("#5b9df0", "#c74000", "#14dbc4", "#eaa21b", "#b86f8f", "#cdabfc", "#697f06", "#a9a49f")
 
 CSS = """
 :root { color-scheme: light dark; --ground: #f6f5f2; --card: #ffffff; --ink: #1c1b19; --soft: #5f5e5a;
@@ -34,7 +35,7 @@ p { margin: 0 0 10px; max-width: 75ch; }
 nav { margin: 12px 0 0; font-size: .9rem; }
 nav a { margin-right: 14px; }
 a { color: var(--c0); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 10px;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px;
   margin: 18px 0 0; }
 .tile, figure, .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .tile { padding: 10px 12px; }
@@ -76,9 +77,10 @@ th, td { text-align: right; padding: 3px 10px; border-bottom: 1px solid var(--li
 th { font-weight: 600; color: var(--soft); }
 thead th { vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
-.card { padding: 10px 12px; margin: 0 0 10px; }
+.card { padding: 10px 12px 2px; min-width: 0; }
 pre { margin: 0; padding: 10px 12px; overflow-x: auto; font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo,
   Consolas, monospace; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.prompt { color: var(--soft); }
 pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; border: 0; padding: 4px 0; background: none; }
 .badge { display: inline-block; font-size: .78rem; padding: 0 7px; border-radius: 9px;
   border: 1px solid var(--c, var(--axis)); }
@@ -130,9 +132,12 @@ def page(title: str, lead: str, head: str, sections: Sequence[Section]) -> str:
 
 def tiles(values: Sequence[tuple[str, str, str]]) -> str:
     """HTML: the numbers to see first; (name, value, what it is out of)."""
+
+    def words(text: str) -> str:
+        return escape(text).replace(" %", "&nbsp;%").replace("e-", "e&#8209;")  # not broken over lines
+
     boxes = "".join(
-        f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b>'
-        f"<span>{escape(note)}</span></div>"
+        f'<div class="tile"><span>{words(name)}</span><b>{words(value)}</b><span>{words(note)}</span></div>'
         for name, value, note in values
     )
     return f'<div class="tiles">{boxes}</div>'

@@ -63,12 +63,12 @@ class Span:
 
 
 def brief(value: float) -> str:
-    """1234567 as 1.23M, 0.00012 as 1.2e-04."""
+    """1234567 as 1.23M, 0.0000123 as 1.2e-05."""
     size = abs(value)
     if size == 0:
         return "0"
     if size < 1e-3:
-        return f"{value:.1e}"
+        return f"{value:.2g}"
     for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= scale:
             return f"{value / scale:.3g}{unit}"
