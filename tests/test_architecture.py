@@ -61,6 +61,8 @@ LIGHT = [
     "checkpoint",
     "problems",
     "sources",
+    "values",
+    "gym",
     "reward",
     "rollout",
     "tasks",
