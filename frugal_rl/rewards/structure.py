@@ -8,7 +8,8 @@ that leaves anything unknown, in a worker with one that knows algebra (algebra.p
   bare list may stand for a tuple in its order.
 - `x = 5` says 5 where the left side is a name; `2x = 5` and `0 = 5` do not. Of `2 + 3 = 5` both sides
   count. Chains of `=` that the gold does not have are refused, as are alternatives and hedges.
-- Inequalities of one variable are intervals.
+- Inequalities of one variable are intervals, |x| < a too. |x| = a is two numbers.
+- Days, times of day, and numbers in words are what they say (spoken.py).
 
 Differs: math-verify calls `\{1,2\}` equal to the interval (1,2), `40 inches` to `40 feet`, `0=5` and
 `0=1=5` to 5, "listen" to "silent" and 1.41421356 to \sqrt{2}.
