@@ -32,7 +32,7 @@ TRAIN_SEED: Final = 0
 HELDOUT_SEED: Final = 2**30
 DRAWS: Final = 4  # items made at most for each one wanted, where prompts come again
 SAY_EVERY_S: Final = 20.0
-NOTHING_TO_SAY: Final = ("composite",)  # is a mixture of others, and needs to be told which
+UNUSABLE: Final = ("composite",)  # a mixture of others, which has to be told of which
 
 Rows = dict[str, list[dict[str, str]]]
 
@@ -78,7 +78,7 @@ def make(name: str, train: int, heldout: int, path: str) -> None:
 
     from .patch import write_atomically
 
-    known = sorted(set(DATASETS) - set(NOTHING_TO_SAY))
+    known = sorted(set(DATASETS) - set(UNUSABLE))
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""

@@ -89,6 +89,8 @@ LIGHT = [
     "checkpoint",
     "problems",
     "sources",
+    "values",
+    "gym",
     "reward",
     "rollout",
     "tasks",

@@ -6,7 +6,8 @@ exact fractions; equations if their sides' differences are in one ratio at all p
 evaluated (functions without a definition, derivatives, sets) is asked of math-verify's `verify`.
 
 - Points where the gold is real decide; where only one of them is real elsewhere, they are compared on
-  positive points alone: \sqrt{x^3} is x\sqrt{x}, and |x| is not x.
+  positive points alone: \sqrt{x^3} is x\sqrt{x}, and |x| is not x. Of a gold with |x| and an answer without,
+  all points decide: \ln x is not \ln|x|.
 - Running out of memory or stack is not "unequal": math-verify's `except Exception` would make it so,
   therefore what it calls raises `Exhausted` there, a BaseException.
 

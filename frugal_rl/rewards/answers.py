@@ -188,7 +188,7 @@ def _said(text: str, match: re.Match[str]) -> tuple[str, str] | None:
     if r"\begin" not in answer and len(lines) > 1:
         answer, rest = lines[0], " ".join(lines[1:]) + rest
     answer = _REASON.sub("", _FENCES.sub("", answer.strip())).strip(" *_`\n")
-    if not answer or _CLAUSE.search(TEXT.sub("", answer).casefold()):
+    if not answer or answer[0] == "~" or _CLAUSE.search(TEXT.sub("", answer).casefold()):
         return None
     return answer, rest
 

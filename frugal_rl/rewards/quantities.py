@@ -41,7 +41,8 @@ TEXT: Final = re.compile(r"\\text\s*\{([^{}]*)\}")
 _NOT_UNITS = re.compile(
     r"\b(?:or|and|not|pi|mod|more|less|least|most|if|is|are|but|nor|than|to|sqrt|sin|cos|tan|log|ln|about"
     r"|tenths?|halves|half|thirds|fourths|fifths|sixths|eighths|hundredths|thousandths|factorial|ish|k"
-    r"|approximately|maybe|plus|minus|times|over|divided|either|between|wrong|incorrect)\b"
+    r"|approximately|maybe|perhaps|possibly|probably|likely|roughly|nearly|almost|guess|think|believe|suppose"
+    r"|unsure|unless|except|plus|minus|times|roots?|powers?|over|divided|either|between|wrong|incorrect)\b"
 )
 _COMPOUND_PART = re.compile(r"(\d+(?:\.\d+)?) ?([a-z]+)", re.ASCII)
 _COMPOUND = re.compile(rf"{_COMPOUND_PART.pattern}(?:,? ?(?:and )?{_COMPOUND_PART.pattern})+", re.ASCII)
@@ -245,6 +246,11 @@ def unit_ratio(gold: str, answer: str) -> Fraction | None:
     mine, theirs = (set(re.findall(r"[a-z]+", unit)) for unit in (gold, answer))
     vague = _VAGUE & (mine | theirs) or mine & theirs
     return Fraction(1) if vague and not (known or other) else None
+
+
+def has_scale(unit: str) -> bool:
+    """Whether a unit such as `million dollars` or `dozen` multiplies the number before it."""
+    return unit.partition(" ")[0] in _SCALES
 
 
 def same_quantity(gold: Quantity, answer: Quantity) -> str | None:

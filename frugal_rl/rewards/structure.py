@@ -8,7 +8,8 @@ that leaves anything unknown, in a worker with one that knows algebra (algebra.p
   bare list may stand for a tuple in its order.
 - `x = 5` says 5 where the left side is a name; `2x = 5` and `0 = 5` do not. Of `2 + 3 = 5` both sides
   count. Chains of `=` that the gold does not have are refused, as are alternatives and hedges.
-- Inequalities of one variable are intervals.
+- Inequalities of one variable are intervals, |x| < a too. |x| = a is two numbers.
+- Days, times of day, and numbers in words are what they say (spoken.py).
 
 Differs: math-verify calls `\{1,2\}` equal to the interval (1,2), `40 inches` to `40 feet`, `0=5` and
 `0=1=5` to 5, "listen" to "silent" and 1.41421356 to \sqrt{2}.
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from frugal_rl.rewards import spoken
-from frugal_rl.rewards.quantities import TEXT, quantity, same_quantity, unit_of, unit_ratio, words
+from frugal_rl.rewards.quantities import TEXT, has_scale, quantity, same_quantity, unit_of, unit_ratio, words
 
 Leaf = Callable[[str, str], bool | None]
 T = TypeVar("T")
@@ -34,12 +35,14 @@ _PIECES = re.compile(
 )
 _CONNECTIVE = re.compile(r",? ?\\text\{,? ?(?:and|or|and/or)\}|(?<![A-Za-z]),? ?(?:and|or) ?(?![A-Za-z])")
 _HEDGES = re.compile(
-    r"(?<![a-z])(?:either|not|maybe|perhaps|more|less|least|most|about|approximately|wrong)(?![a-z])"
+    r"(?<![a-z])(?:either|not|maybe|perhaps|more|less|least|most|about|approximately|wrong|i guess"
+    r"|unsure)(?![a-z])"
 )
 _RESTATED = re.compile(
     r"\\(?:int|iint|sum|prod|lim|max|min|gcd|lcm|bmod|pmod|det|approx|[lc]?dots)(?![a-zA-Z])"
 )
 _APART = re.compile(r"(?<![0-9]{3})\d (?=\d)", re.ASCII)
+_BASED = re.compile(r"\d_\{?\d", re.ASCII)
 _MEMBER = re.compile(r"^[A-Za-z]\\in(?![a-zA-Z])")
 _SET_BUILDER = re.compile(r"^\\\{([A-Za-z])(?:\\in\(-\\infty,\\infty\))?(?:\\mid|\\vert|\||:)(.*)\\\}$")
 _NAME = re.compile(
@@ -171,6 +174,7 @@ def compare(gold: str, answer: str, leaf: Leaf) -> bool | None:
         (_RESTATED, "not worked out"),
         (_HEDGES, "a hedge"),
         (_APART, "numbers side by side"),
+        (_BASED, "a base"),
     ):
         if pattern.search(said) and not pattern.search(words(gold)) and not quantity(answer):
             raise Refused(what)
@@ -435,6 +439,8 @@ def is_name(text: str) -> bool:
     """Whether a left side only names what the right side is: `x`, `f(2)`, `AB`, `m+n`."""
     if re.fullmatch(r"\([a-z](?:[,;][a-z])+\)", text):  # (x,y) = (1,2)
         return True
+    if re.fullmatch(r"\|[a-y]\|", text):  # |x| = 7 is two numbers; |z| is a size
+        return False
     return bool(_NAMES.fullmatch(text)) or (text.isalpha() and text.isupper() and len(text) <= 4)
 
 
@@ -526,7 +532,7 @@ def _as_list(gold: str, answer: str, leaf: Leaf) -> Any:
     if len(g.items) != len(a.items):
         distinct = [_distinct([value for _, value in side], leaf) for side in named]
         repeated = len(distinct[0]) < len(g.items)
-        if g.brackets not in ("", "{}") or repeated or len(distinct[0]) != len(distinct[1]):
+        if not {g.brackets, a.brackets} <= {"", "{}"} or repeated or len(distinct[0]) != len(distinct[1]):
             return False
         named = [[("", value) for value in side] for side in distinct]
     names = [[name for name, _ in side] for side in named]
@@ -568,6 +574,6 @@ def _as_unit(gold: str, answer: str, leaf: Leaf) -> Any:
     bare = [re.sub(r"\^\\circ$", "", text) for text in (number, number2)]
     if not unit and not unit2 and bare == [number, number2]:
         return NotImplemented
-    if unit_ratio(unit, unit2) != 1:
+    if unit_ratio(unit, unit2) != 1 or has_scale(unit) != has_scale(unit2):
         return False
     return _same(bare[0], bare[1], leaf)
