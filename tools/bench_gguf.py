@@ -183,7 +183,7 @@ def logits(threads: int) -> None:
     from frugal_rl.train import Reporter, open_session, train
 
     prompts = [p.prompt_ids for p in load_tiny_problems()[:100]]
-    for form in ("bf16", "q8_0"):
+    for form in ("bf16", "f16", "q8_0"):
         recipe = load_recipe(
             "tiny",
             ["rollout.generator=llama.cpp", f"rollout.gguf={form}", "train.steps=50", "data.heldout=100"],

@@ -115,6 +115,7 @@ class LlamaModel:
         params.n_gpu_layers = -1 if on_gpu else 0
         params.load_mode = llama.LLAMA_LOAD_MODE_NONE
         params.use_extra_bufts = False  # weights as they are in the file
+        _SAID.clear()
         self.pointer = llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
             raise FrugalError(f"{path}: llama.cpp does not load it: {_said()}")
@@ -198,6 +199,7 @@ class LlamaContext:
         params.n_threads = params.n_threads_batch = model.threads
         params.kv_unified = False
         params.no_perf = True
+        _SAID.clear()
         self.pointer = self.llama.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             raise FrugalError(
