@@ -214,13 +214,15 @@ class AdapterUpdate:
             return Commit(norm, 0.0, {}, dropped=f"the gradient's norm is {norm}")
         if norm == 0:
             return Commit(norm, factor, {})
-        before = [p.detach().clone() for p in parameters]
-        for gradient in gradients:
-            gradient.mul_(factor)
-        self.adapters.optimizer.step()
-        adapted = sum(int((a != b).sum()) for a, b in zip(before, parameters, strict=True))
+        adapted = 0
         for parameter in parameters:
             parameter.grad = None
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            before = parameter.detach().clone()
+            parameter.grad = gradient.mul_(factor)
+            self.adapters.optimizer.step()  # a parameter without a gradient is passed over
+            parameter.grad = None
+            adapted += int((before != parameter).sum())
         return Commit(norm, factor, {}, adapted=adapted)
 
 

@@ -39,6 +39,17 @@ time, 109 with blocks up to 32 MiB kept).
     sgd       2 x 32                          2.6 GiB                      85
     adamw     2 x 32                          4.4 GiB                      92
 
+Baselines (`learner-ARM`, busy machine, two steps, the second timed; over 340 to 395 MiB, which is more with
+bitsandbytes or peft), budget 64GiB; int8 and bf16 with the same: 747 MiB and 1.2 GiB.
+
+    learner-lora-int8:16  2 x 64                  826 MiB    740 MiB   1       21
+    learner-lora:16       2 x 64                  1.2 GiB    1.2 GiB   1       23
+    learner-adamw8bit     2 x 64                  8.2 GiB    5.7 GiB   1       40
+    learner-adamw         2 x 64                  8.8 GiB    8.4 GiB   1       21
+
+bitsandbytes' 8-bit step on a CPU takes float32 scratch for the whole tensor, here the embedding; its masters
+and states are 2.8 GiB, those of adamw 5.5; the gradient is 1.8.
+
 Not measured: host at 16 x 512. sgd in bf16 with 2 x 512 did not end in 16 minutes.
 """
 
