@@ -167,13 +167,14 @@ def _run(config: Recipe, journal: Any, *, resumed: bool, force: bool) -> dict[st
     from .curation import read_run_file, run_files
     from .journal import Journal
     from .patch import write_atomically
+    from .session import open_session
     from .sinks import check_sink, open_sink
 
     check_sink(config.train.log)
     with Console(config.train.steps, f"frugal-rl · {config.model.name}") as console:
         report = loop.Reporter(console.say, console.step)
         solved = read_run_file(journal.folder).get("solved") if resumed else None
-        with loop.open_session(config, report, solved=solved) as session, _interrupts(console.say) as stopped:
+        with open_session(config, report, solved=solved) as session, _interrupts(console.say) as stopped:
             if resumed:
                 loop.resume(session, journal, report)
                 write_atomically(journal.folder / "recipe.toml", config.to_toml().encode())
@@ -419,6 +420,7 @@ def evaluate_command(
     from . import train as loop
     from .evaluate import evaluate
     from .patch import Patch
+    from .session import open_session, truncation_of
 
     if any(k > samples for k in ks):
         raise InputError(f"--pass-at {max(ks)} needs --samples of at least {max(ks)}, got {samples}")
@@ -433,7 +435,7 @@ def evaluate_command(
         config = load_recipe(recipe or DEFAULT_RECIPE, changes)
     config = _with_cache(config, kv_budget=kv_budget, kv_buffer=kv_buffer, eviction=eviction)
     report = loop.Reporter(lambda text: click.echo(text, err=True), lambda row: None)
-    with loop.open_session(config, report, training=False) as session:
+    with open_session(config, report, training=False) as session:
         if loaded is not None:
             session.policy.weights.write_patch_(loaded)
         result = evaluate(
@@ -444,7 +446,7 @@ def evaluate_command(
             max_tokens=config.rollout.max_tokens,
             samples=samples,
             temperature=temperature if temperature is not None else float(samples > 1),
-            truncation=loop.truncation_of(config),
+            truncation=truncation_of(config),
             ks=ks,
             seed=config.train.seed,
         )

@@ -75,7 +75,7 @@ LEVELS = [
     ],
     ["baselines", "lora"],
     ["peaks", "sampled", "update", "evaluate", "journal", "curation", "sinks"],
-    ["report.run"],
+    ["report.run", "session"],
     ["export", "train"],
     ["paired", "compare", "compare_table"],
     ["cli_export", "cli_patch", "cli_analyse", "cli_reward", "cli_compare", "cli"],

@@ -20,6 +20,7 @@ from frugal_rl.journal import Journal
 from frugal_rl.learn import Learner
 from frugal_rl.patch import Patch
 from frugal_rl.rollout import Rollout
+from frugal_rl.session import open_session
 from frugal_rl.storage import bits_of
 from frugal_rl.weights import Weights
 
@@ -222,7 +223,7 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.Mon
 def run(tmp_path: Path, *changes: str) -> tuple[dict[str, Any], Path, dict[str, Tensor]]:
     recipe = load_recipe("tiny", [*SMALL, *changes])
     folder = tmp_path / "run"
-    with loop.open_session(recipe, QUIET, device=torch.device("cpu")) as session:
+    with open_session(recipe, QUIET, device=torch.device("cpu")) as session:
         journal = Journal.create(folder, recipe, force=False)
         summary = loop.train(session, journal, QUIET, lambda: False)
         policy = {k: v.clone() for k, v in session.policy.weights.tensors.items()}
@@ -247,11 +248,11 @@ def test_a_runs_patch_makes_the_checkpoint_its_policy_bit_for_bit(
         assert torch.equal(got, bits_of(tensor)), name
     # the journal's steps lead there too
     journal, recipe = Journal.open(folder)
-    session_of = loop.open_session(recipe, QUIET, device=torch.device("cpu"))
+    session_of = open_session(recipe, QUIET, device=torch.device("cpu"))
     # the masters would not know of it
     with session_of as session, pytest.raises(InputError, match="cannot go on"):
         loop.resume(session, journal, QUIET)
-    with loop.open_session(load_recipe("tiny", SMALL), QUIET, device=torch.device("cpu")) as session:
+    with open_session(load_recipe("tiny", SMALL), QUIET, device=torch.device("cpu")) as session:
         for step in journal.replay():
             session.policy.weights.write_patch_(step)
         for name, tensor in policy.items():
@@ -265,7 +266,7 @@ def test_a_runs_patch_makes_the_checkpoint_its_policy_bit_for_bit(
 
 def test_the_reference_of_a_dense_run_is_its_checkpoint() -> None:
     changes = [*SMALL, "learner.kind=adamw", "learner.lr=1e-3", "loss.kl=0.1", "loss.max_gap=9"]
-    with loop.open_session(load_recipe("tiny", changes), QUIET, device=torch.device("cpu")) as session:
+    with open_session(load_recipe("tiny", changes), QUIET, device=torch.device("cpu")) as session:
         rollouts = make_rollouts(4, longest=8)
         rollouts = [
             Rollout(tuple(t % 20 for t in r.prompt_ids), r.response_ids % 20, r.logprob_T, False, r.logprob_T)

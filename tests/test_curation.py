@@ -32,6 +32,7 @@ from frugal_rl.journal import Journal
 from frugal_rl.problems import Problem, ProblemSet
 from frugal_rl.reward import Judgement, Verdict, Verifier
 from frugal_rl.rollout import Request
+from frugal_rl.session import open_session, truncation_of
 
 SAMPLES = 4
 ROWS = 24
@@ -67,13 +68,13 @@ def settings(rows: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def session(rows: Path) -> Iterator[loop.Session]:
-    with loop.open_session(load_recipe("tiny", settings(rows)), QUIET, device=torch.device("cpu")) as opened:
+    with open_session(load_recipe("tiny", settings(rows)), QUIET, device=torch.device("cpu")) as opened:
         yield opened
 
 
 def base_of(session: loop.Session, *more: str) -> Base:
     recipe = load_recipe("tiny", settings(Path(session.recipe.data.source), "data.solve_samples=4", *more))
-    return Base(recipe, session.policy, session.engine, session.verifier, loop.truncation_of(recipe))
+    return Base(recipe, session.policy, session.engine, session.verifier, truncation_of(recipe))
 
 
 def counted(base: Base, problems: ProblemSet, known: Any = None) -> tuple[ProblemSet, list[str]]:
@@ -279,7 +280,7 @@ def test_a_filtered_run_that_is_resumed_without_the_cache_ends_as_one_that_was_n
                 next(cache.iterdir()).unlink()
                 monkeypatch.setattr(curation, "_measure", None)
             about = read_run_file(folder)
-            with loop.open_session(
+            with open_session(
                 recipe, report, device=torch.device("cpu"), solved=about.get("solved")
             ) as session:
                 if part:

@@ -22,7 +22,8 @@ from frugal_rl.gguf.write import convert
 from frugal_rl.journal import Journal
 from frugal_rl.models import find_model, load_tokenizer
 from frugal_rl.patch import Patch
-from frugal_rl.train import Reporter, open_session, train
+from frugal_rl.session import Reporter, open_session
+from frugal_rl.train import train
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}"

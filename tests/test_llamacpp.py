@@ -29,8 +29,9 @@ from frugal_rl.learn import Learner
 from frugal_rl.models import find_model, load_config
 from frugal_rl.patch import Patch
 from frugal_rl.rollout import Request, Rollout
+from frugal_rl.session import Reporter, open_session
 from frugal_rl.storage import Changed
-from frugal_rl.train import Reporter, open_session, resume, train
+from frugal_rl.train import resume, train
 from frugal_rl.weights import Weights
 
 from .conftest import KINDS, VOCABULARY, make_config, make_model, needs_llama, weights_of

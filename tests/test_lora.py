@@ -19,6 +19,7 @@ from frugal_rl.learn import Learner
 from frugal_rl.lora import Adapters
 from frugal_rl.patch import Patch
 from frugal_rl.rollout import Request
+from frugal_rl.session import open_session
 from frugal_rl.storage import Quantised, bits_of
 from frugal_rl.weights import Weights
 
@@ -218,7 +219,7 @@ def test_a_runs_merged_patch_is_for_the_checkpoint_and_scores_what_the_summary_s
     changes = ["learner.kind=lora", "learner.lr=3e-3", "learner.rank=2", f"model.weights={form}"]
     recipe = load_recipe("tiny", [*SMALL, *changes])
     folder = tmp_path / "run"
-    with loop.open_session(recipe, QUIET, device=torch.device("cpu")) as session:
+    with open_session(recipe, QUIET, device=torch.device("cpu")) as session:
         journal = Journal.create(folder, recipe, force=False)
         summary = loop.train(session, journal, QUIET, lambda: False)
     assert journal.metrics[-1]["changed_step"] > 0
@@ -229,7 +230,7 @@ def test_a_runs_merged_patch_is_for_the_checkpoint_and_scores_what_the_summary_s
     assert 0 < summary["merge_lost"] < 0.5
     assert summary["adapter_bytes"] == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     assert len(summary["exported_correct"]) == 8
-    with loop.open_session(load_recipe("tiny", SMALL), QUIET, device=torch.device("cpu")) as session:
+    with open_session(load_recipe("tiny", SMALL), QUIET, device=torch.device("cpu")) as session:
         session.policy.weights.write_patch_(patch)
         assert loop._heldout(session).correct == summary["exported_correct"]
 

@@ -20,6 +20,7 @@ from frugal_rl.generate.engine import Engine
 from frugal_rl.learn import Learner
 from frugal_rl.patch import Patch
 from frugal_rl.rollout import Request
+from frugal_rl.session import open_session
 from frugal_rl.storage import Quantised, Streamed, bits_of
 from frugal_rl.stream import LayerStream, Source, _Buffer
 from frugal_rl.weights import STORAGE, Weights
@@ -239,14 +240,14 @@ def test_kl_pulls_towards_the_model_that_the_recipe_names(tmp_path: Path, tiny_f
     from .test_train import QUIET, SMALL, groups_of, learn
 
     step_words = [*SMALL, "train.steps=2", "learner.lr=0.05"]
-    with loop.open_session(load_recipe("tiny", step_words), QUIET, device=CPU) as session:
+    with open_session(load_recipe("tiny", step_words), QUIET, device=CPU) as session:
         learn(session.learner, session.recipe, groups_of(session, lambda i: float(i % 2)))
         from frugal_rl import checkpoint
 
         patch = session.policy.weights.patch({})
         checkpoint.apply(tiny_folder, patch, tmp_path / "other")
     words = [*SMALL, "loss.kl=5", "loss.max_gap=9", f"model.reference={tmp_path / 'other'}"]
-    with loop.open_session(load_recipe("tiny", words), QUIET, device=CPU) as session:
+    with open_session(load_recipe("tiny", words), QUIET, device=CPU) as session:
         groups = groups_of(session, lambda i: float(i == 0))
         rollouts = [r for g in groups for r in g.rollouts]
         target_BT = session.learner.reference_log_probs(rollouts)
@@ -269,7 +270,7 @@ def test_a_reference_with_other_tokens_is_refused(tmp_path: Path, tiny_folder: P
     recipe = load_recipe("tiny", [*SMALL, "loss.kl=1", f"model.reference={folder}"])
     with (
         pytest.raises(InputError, match="tokens"),
-        loop.open_session(recipe, QUIET, device=CPU),
+        open_session(recipe, QUIET, device=CPU),
     ):
         pass
 

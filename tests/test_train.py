@@ -19,6 +19,7 @@ from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.journal import Journal
 from frugal_rl.patch import Patch
 from frugal_rl.reward import Judgement, Verdict
+from frugal_rl.session import open_session
 from frugal_rl.update import learn, learn_within_memory
 from frugal_rl.weights import bits_of
 
@@ -36,7 +37,7 @@ SHAPES = {
 
 @contextmanager
 def session_of(recipe: Recipe) -> Iterator[loop.Session]:
-    with loop.open_session(recipe, QUIET, device=torch.device("cpu")) as session:
+    with open_session(recipe, QUIET, device=torch.device("cpu")) as session:
         yield session
 
 
@@ -228,7 +229,7 @@ def test_a_truncated_response_is_marked_and_treated_as_the_recipe_says() -> None
     verdicts = {}
     for truncated in ("judge", "no_answer"):
         with session_of(load_recipe("tiny", [*short, f"rollout.truncated={truncated}"])) as session:
-            groups = loop._generate(session, session.problems.train[:4], 0, loop._Clock())
+            groups = loop._generate(session, session.problems.train[:4], 0, loop._Clock(session.peaks))
         ended = session.policy.stop_ids
         rollouts = [r for group in groups for r in group.rollouts]
         marked = [r.truncated for r in rollouts]

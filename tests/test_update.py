@@ -22,6 +22,7 @@ from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.journal import Journal
 from frugal_rl.learn import Learner, Step
 from frugal_rl.problems import Problem
+from frugal_rl.session import open_session
 from frugal_rl.storage import Changed
 from frugal_rl.update import Group, _minibatches, composed, learn, learn_within_memory
 from frugal_rl.weights import bits_of
@@ -54,7 +55,7 @@ def make_learner() -> tuple[Any, Learner]:
 @contextmanager
 def session_of(*changes: str) -> Iterator[loop.Session]:
     recipe = load_recipe("tiny", [*SMALL, *changes])
-    with loop.open_session(recipe, QUIET, device=torch.device("cpu")) as session:
+    with open_session(recipe, QUIET, device=torch.device("cpu")) as session:
         yield session
 
 
@@ -315,7 +316,7 @@ def test_a_run_begins_with_one_preflight_of_its_longest_lengths_and_ends_in_the_
     for name, replacement in (("with", noted), ("without", lambda *_: None)):
         monkeypatch.setattr(loop, "preflight", replacement)
         with session_of("train.steps=2") as session:
-            longest = loop._longest_prompt(session.problems)
+            longest = loop.longest_prompt(session.problems)
             journal = Journal.create(tmp_path / name, session.recipe, force=False)
             loop.train(session, journal, QUIET, itertools.repeat(name == "with").__next__)
         if name == "with":

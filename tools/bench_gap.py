@@ -17,6 +17,7 @@ from frugal_rl import train as loop
 from frugal_rl.config import load_recipe
 from frugal_rl.correct import PRESETS, correct, mean_gap
 from frugal_rl.rollout import Rollout
+from frugal_rl.session import open_session
 from frugal_rl.update import _padded, learn
 
 STEPS = 26
@@ -40,7 +41,7 @@ def show(session: loop.Session, rollouts: Sequence[Rollout], what: str) -> None:
 def main() -> None:
     recipe = load_recipe("tiny", ["data.heldout=8"])
     quiet = loop.Reporter(lambda text: None, lambda row: None)
-    with loop.open_session(recipe, quiet) as session:
+    with open_session(recipe, quiet) as session:
         weights, decoder = session.policy.weights, session.policy.decoder
         batches, policies, drawn = [], [], 0
         for _ in range(STEPS):

@@ -180,7 +180,8 @@ def shape() -> None:
 def logits(threads: int) -> None:
     """Logits beside torch's in float32, and whether every tensor is a fresh conversion's."""
     from frugal_rl.journal import Journal
-    from frugal_rl.train import Reporter, open_session, train
+    from frugal_rl.session import Reporter, open_session
+    from frugal_rl.train import train
 
     prompts = [p.prompt_ids for p in load_tiny_problems()[:100]]
     for form in ("bf16", "f16", "q8_0"):

@@ -23,6 +23,7 @@ import torch
 from frugal_rl import train as loop
 from frugal_rl.config import load_recipe
 from frugal_rl.journal import Journal
+from frugal_rl.session import open_session
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     Journal.commit = timed(Journal.commit)  # type: ignore[method-assign]
     with (
         tempfile.TemporaryDirectory() as folder,
-        loop.open_session(load_recipe(options.recipe), report) as session,
+        open_session(load_recipe(options.recipe), report) as session,
     ):
         journal = Journal.create(Path(folder) / "run", session.recipe, force=False)
         shares, steps = [], []

@@ -35,8 +35,8 @@ from frugal_rl.generate.eviction import Eviction
 from frugal_rl.generators import GENERATORS, Draw
 from frugal_rl.models import find_model
 from frugal_rl.rewards.answers import Verdict
+from frugal_rl.session import Reporter, open_session
 from frugal_rl.tasks import is_heldout
-from frugal_rl.train import Reporter, open_session
 
 TASK_LEVEL: Final = 4
 TASK: Final = f"rounds:{TASK_LEVEL}"
