@@ -41,7 +41,7 @@ from frugal_rl.tasks import is_heldout
 TASK_LEVEL: Final = 4
 TASK: Final = f"rounds:{TASK_LEVEL}"
 LEVELS: Final = (1, 2, 4)  # of the lessons: most is learned on short answers
-SKILL_STEPS: Final = 170
+SKILL_STEPS: Final = 420
 HABIT_STEPS: Final = 40
 BATCH: Final = 48
 WORKED_SHARE: Final = 0.35
