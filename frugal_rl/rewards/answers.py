@@ -141,6 +141,9 @@ _CLAUSE = re.compile(
     r"|as|though|although|while|be|is|are|was|were|can|cannot|unknown|unclear|known|above|below|i|we|you"
     r"|it|this|these|those|he|she|they)\b"
 )
+_MARKS = re.compile(r"boxed|answer|framebox|####|</?think|^\s*(?:question|q|problem)\b\W", re.IGNORECASE)
+_COMMAND = re.compile(r"\\(?:begin|end)\{\w+\*?\}|\\[a-zA-Z]+")
+_WORD = re.compile(r"[a-z]{3,}", re.ASCII)
 _CLOSING = re.compile(r"\W*(?:I hope (?:it|this) is correct|Q\.?E\.?D)?\W*", re.IGNORECASE)
 _FENCES = re.compile(r"\$\$|\\\[|\\\]|^\s*\*+|\*+\s*$")
 PHRASED_CHARACTERS: Final = 4_000  # the end of the response is looked at
@@ -172,6 +175,28 @@ def phrased_answer(response: str) -> str | None:
         if one[0] not in answers:
             answers.insert(0, one[0])
     return "; ".join(answers)
+
+
+def bare_answer(response: str) -> tuple[str, bool] | None:
+    """A response that is an answer and nothing else, and whether words are in it; None if it is more.
+
+    One line without a clause, a doubt, a question, or a mark that names nothing.
+    """
+    text = response.strip()
+    if not text or len(text) > ANSWER_CHARACTERS or _MARKS.search(text) or text.endswith("?"):
+        return None
+    if "\n" in text and r"\begin" not in text:
+        return None
+    text = _FENCES.sub("", text).strip().removesuffix(".").strip()
+    plain = _COMMAND.sub(" ", text).casefold()
+    if (
+        not text
+        or _DOUBT.search(plain)
+        or _TAKEN_BACK.search(plain.removeprefix("no "))
+        or _CLAUSE.search(plain)
+    ):
+        return None
+    return text, _WORD.search(plain) is not None
 
 
 def _said(text: str, match: re.Match[str]) -> tuple[str, str] | None:

@@ -16,6 +16,7 @@ from typing import Final
 from frugal_rl.rewards.answers import (
     ANSWER_CHARACTERS,
     Verdict,
+    bare_answer,
     final_answer,
     marked_or_last_line,
     normalise,
@@ -83,9 +84,14 @@ def judge_math(gold: str, response: str) -> Quick:
     answer = final_answer(response)
     if answer is None:
         answer = phrased_answer(response)
-    if answer is None:
-        return no_answer(r"no \boxed{}, #### or <answer>, nor a last sentence 'The answer is ...'")
-    return compare_math(gold, answer)
+    if answer is not None:
+        return compare_math(gold, answer)
+    bare = bare_answer(response)
+    if bare is not None:
+        found = compare_math(gold, bare[0])
+        if found is CORRECT or not bare[1]:
+            return found  # with words it may be anything: it is an answer if it is the right one
+    return no_answer(r"no \boxed{}, #### or <answer>, nor a last sentence 'The answer is ...'")
 
 
 # ---- the other rewards ----
