@@ -42,8 +42,8 @@ time, 109 with blocks up to 32 MiB kept).
 Baselines (`learner-ARM`, busy machine, two steps, the second timed; over 340 to 395 MiB, which is more with
 bitsandbytes or peft), budget 64GiB; int8 and bf16 with the same: 747 MiB and 1.2 GiB.
 
-    learner-lora-int8:16  2 x 64                  826 MiB    740 MiB   1       21
-    learner-lora:16       2 x 64                  1.2 GiB    1.2 GiB   1       23
+    learner-lora-int8:16  2 x 64                  816 MiB    740 MiB   1       12
+    learner-lora:16       2 x 64                  1.3 GiB    1.2 GiB   1       7
     learner-adamw8bit     2 x 64                  8.2 GiB    5.7 GiB   1       40
     learner-adamw         2 x 64                  8.8 GiB    8.4 GiB   1       21
 
