@@ -10,7 +10,7 @@ and is begun anew elsewhere. A run that fails is named, and the others go on. Th
 as a run is at work in it, also one that a killed comparison left behind.
 
     OUT/ARM/lr-LR-seed-N/       a run folder each, and beside it what it printed
-    OUT/compare.json, compare.md
+    OUT/compare.json, compare.md, compare.html
 """
 
 from __future__ import annotations

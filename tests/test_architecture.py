@@ -77,7 +77,7 @@ LEVELS = [
     ["peaks", "sampled", "update", "evaluate", "journal", "curation", "sinks"],
     ["report.run", "session"],
     ["export", "train"],
-    ["paired", "compare", "compare_table"],
+    ["paired", "compare", "compare_table", "report.comparison"],
     ["cli_export", "cli_patch", "cli_analyse", "cli_reward", "cli_compare", "cli"],
 ]
 RANK = {name: (level, place) for level, names in enumerate(LEVELS) for place, name in enumerate(names)}

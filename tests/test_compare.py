@@ -20,6 +20,7 @@ from frugal_rl.cli import cli
 from frugal_rl.compare import Run, Study, best_rate, make_study, results, run_all
 from frugal_rl.compare_table import markdown, text
 from frugal_rl.errors import FrugalError, InputError
+from frugal_rl.report.comparison import as_page
 
 SMALL = ["rollout.prompts=4", "rollout.samples=4", "data.heldout=8", "train.steps=2", "rollout.max_tokens=24"]
 STEPS, PROBLEMS = 6, 40
@@ -273,6 +274,20 @@ def test_nothing_finished_is_a_table_of_errors(tmp_path: Path) -> None:
     assert markdown(found, ["frugal-rl"])
 
 
+def test_the_page_has_every_arm_and_nothing_from_outside(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    finish_all(study, {"sgd": 0.5, "adamw": 0.5, "lora": 0.9})
+    found = results(study, {"<b>folder": "<i>why"})
+    shown = as_page(found, "frugal-rl compare tiny")
+    for arm in study.arms:
+        assert f"{arm.name}: held-out accuracy" in shown
+    for part in ("within noise", "+40.0 (", "held-out accuracy by seconds", "adapter", "&lt;i&gt;why"):
+        assert part in shown, part
+    for part in ("http", "<script", "<i>why", "<link"):
+        assert part not in shown, part
+    assert as_page(results(study_of(tmp_path / "empty"), {}), "frugal-rl compare").count("not finished")
+
+
 # --- as a person does
 
 
@@ -294,6 +309,7 @@ def test_real_runs_end_in_a_table_and_are_not_run_again(tmp_path: Path) -> None:
     assert lora["adapter_bytes"] > 0 and 0 < lora["merge_lost"] < 1
     assert found["arms"]["sgd-int8"]["export_lost"] >= 0
     assert [run["curve"][-1]["step"] for run in lora["runs"]] == [1]
+    assert (tmp_path / "out" / "compare.html").exists()
     assert (tmp_path / "out" / "compare.md").read_text().startswith("# Comparison: sgd-int8, lora:1")
     again = CliRunner().invoke(cli, arguments)
     assert again.stderr.count("finished before") == 2
