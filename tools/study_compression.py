@@ -3,7 +3,7 @@
     python tools/study_compression.py base FOLDER            the base model, about 10 minutes
     python tools/study_compression.py budgets FOLDER         what compression alone costs the base
     python tools/study_compression.py runs FOLDER OUT [--seeds 0,1,2] [--arms dense,naive,sparse-rl]
-    python tools/study_compression.py report OUT             the table, and OUT/compression.svg
+    python tools/study_compression.py report OUT             of all runs below OUT: table, OUT/compression.svg
 
 The task is `rounds:4`: `3; 4 rounds of a4b7c2d9e5`, whose working `1:a3+4=7,b7+7=14,...` is 154 to 218 tokens
 long. Every step needs the sum before it and its digit in the prompt: what an evicted entry costs shows.
@@ -192,31 +192,40 @@ def run_arm(folder: Path, out: Path, arm: str, seed: int, given: argparse.Namesp
 # --- the table and the plot
 
 
+def label(run: dict[str, Any]) -> str:
+    return "dense" if run["arm"] == "dense" else f"{run['arm']} {run['budget']}"
+
+
 def report(out: Path) -> None:
-    runs = [json.loads(path.read_text()) for path in sorted(out.glob("*-*.json"))]
-    arms = sorted({run["arm"] for run in runs}, key=lambda arm: (arm != "dense", arm != "naive", arm))
-    print("arm         seeds  dense accuracy        compressed accuracy   tokens   astray   left out")
-    for arm in arms:
-        mine = [run for run in runs if run["arm"] == arm]
+    runs = [json.loads(path.read_text()) for path in sorted(out.rglob("*-[0-9].json"))]
+    names = sorted({label(r) for r in runs}, key=lambda n: (n != "dense", -int([*n.split(), 0][1]), n))
+    print(
+        "arm           seeds  greedy accuracy, dense cache      compressed as in its arm   tokens  astray  out"
+    )
+    for name in names:
+        mine = [run for run in runs if label(run) == name]
 
-        def spread(name: str, mine: list[dict[str, Any]] = mine) -> str:
-            values = [run["scores"][-1][name]["value"] for run in mine]
-            return f"{sum(values) / len(values):6.1%} ({', '.join(f'{v:.1%}' for v in values)})"
+        def spread(key: str, mine: list[dict[str, Any]] = mine) -> str:
+            values = [run["scores"][-1][key]["value"] for run in mine]
+            return f"{sum(values) / len(values):5.1%} ({', '.join(f'{v:.0%}' for v in values)})"
 
-        def late(name: str, mine: list[dict[str, Any]] = mine) -> float:
-            values = [row.get(name, 0.0) for run in mine for row in run["metrics"][-10:]]
+        def late(key: str, mine: list[dict[str, Any]] = mine) -> float:
+            values = [row.get(key, 0.0) for run in mine for row in run["metrics"][-10:]]
             return sum(values) / len(values)
 
         tokens = sum(run["scores"][-1]["dense_tokens"] for run in mine) / len(mine)
+        first = [
+            next((r["step"] for r in run["metrics"] if r.get("astray_share", 0) > 0.1), 0) for run in mine
+        ]
         print(
-            f"{arm:<12}{len(mine):>5}  {spread('dense')}  {spread('compressed')}  {tokens:6.0f}  "
-            f"{late('astray_share'):6.1%}  {late('masked_share'):6.1%}"
+            f"{name:<14}{len(mine):>5}  {spread('dense'):<32}  {spread('compressed'):<26}{tokens:6.0f}  "
+            f"{late('astray_share'):6.1%} {late('masked_share'):6.1%}  first above 10 %: {first}"
         )
-    plot(runs, arms, out / "compression.svg")
+    plot(runs, names, out / "compression.svg")
 
 
-def plot(runs: list[dict[str, Any]], arms: list[str], path: Path) -> None:
-    """Mean over seeds and the range, step by step."""
+def plot(runs: list[dict[str, Any]], names: list[str], path: Path) -> None:
+    """Mean over seeds, step by step, and the range."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -228,19 +237,21 @@ def plot(runs: list[dict[str, Any]], arms: list[str], path: Path) -> None:
         "astray_share": "rollouts gone astray, share",
         "masked_share": "tokens left out, share",
     }
+    colours = dict(zip(["dense", "80", "64", "48"], ["black", "C0", "C1", "C3"], strict=True))
     plt.rcParams |= {"svg.hashsalt": "frugal_rl", "font.size": 9}
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
-    for (name, title), axis in zip(panels.items(), axes.flat, strict=True):
-        for arm in arms:
-            curves = [[row.get(name, 0.0) for row in run["metrics"]] for run in runs if run["arm"] == arm]
+    for (key, title), axis in zip(panels.items(), axes.flat, strict=True):
+        for name in names:
+            curves = [[row.get(key, 0.0) for row in run["metrics"]] for run in runs if label(run) == name]
             steps = range(1, 1 + min(map(len, curves)))
             columns = [[curve[i - 1] for curve in curves] for i in steps]
-            (line,) = axis.plot(steps, [sum(c) / len(c) for c in columns], label=arm)
+            colour, style = colours.get(name.split()[-1], "C7"), ":" if name.startswith("naive") else "-"
+            axis.plot(steps, [sum(c) / len(c) for c in columns], style, color=colour, label=name)
             low, high = [min(c) for c in columns], [max(c) for c in columns]
-            axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+            axis.fill_between(steps, low, high, alpha=0.08, color=colour, linewidth=0)
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False)
+    axes[0, 1].legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 
 
