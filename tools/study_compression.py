@@ -198,9 +198,9 @@ def label(run: dict[str, Any]) -> str:
 
 def report(out: Path) -> None:
     runs = [json.loads(path.read_text()) for path in sorted(out.rglob("*-[0-9].json"))]
-    names = sorted({label(r) for r in runs}, key=lambda n: (n != "dense", -int([*n.split(), 0][1]), n))
+    names = sorted({label(r) for r in runs}, key=lambda name: (name != "dense", name.split()[::-1]))
     print(
-        "arm           seeds  greedy accuracy, dense cache      compressed as in its arm   tokens  astray  out"
+        "arm           seeds  greedy, dense cache               greedy, compressed         tokens  astray    out"
     )
     for name in names:
         mine = [run for run in runs if label(run) == name]
