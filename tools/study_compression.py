@@ -199,9 +199,8 @@ def label(run: dict[str, Any]) -> str:
 def report(out: Path) -> None:
     runs = [json.loads(path.read_text()) for path in sorted(out.rglob("*-[0-9].json"))]
     names = sorted({label(r) for r in runs}, key=lambda name: (name != "dense", name.split()[::-1]))
-    print(
-        "arm           seeds  greedy, dense cache               greedy, compressed         tokens  astray    out"
-    )
+    heads = ("greedy, dense cache", "greedy, compressed")
+    print(f"arm           seeds  {heads[0]:<32}  {heads[1]:<26}tokens  astray    out")
     for name in names:
         mine = [run for run in runs if label(run) == name]
 
