@@ -235,7 +235,7 @@ MATH = [
     ("10", r"\boxed{\sum_{i=1}^{1000000} 1/i}", W),
     ("5", r"\boxed{\frac10}", W),
     # nothing to judge
-    ("5", "5", N),
+    ("5", "5", C),
     ("5", "", N),
     ("5", r"\boxed{}", N),
     ("5", r"\boxed{5", N),
