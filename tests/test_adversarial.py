@@ -417,7 +417,7 @@ RESPONSES = [
     ("18", "<answer>19</answer>", W),
     ("18", "<ANSWER>18</ANSWER>", C),
     ("18", "The answer is 18.", C),
-    ("18", "18", N),
+    ("18", "18", C),
     ("18", r"\boxed{18", N),
     ("18", r"boxed{18}", N),
     ("18", r"\boxed 18", N),

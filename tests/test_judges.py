@@ -112,7 +112,7 @@ def test_a_sum_has_the_first_verdict_and_every_part_by_name() -> None:
     assert one.verdict is C
     assert one.parts == {"math": 1.0, "tags": 1.0, "overlong": -1.0}
     assert one.reward == pytest.approx(1 + 0.2 - 2)
-    other = judge(kind, "5", "6")
+    other = judge(kind, "5", "I got 6.")
     assert (other.verdict, other.parts) == (N, {"math": 0.0, "tags": 0.0, "overlong": 0.0})
 
 
