@@ -14,7 +14,7 @@ ROWS = [
     {"problem": "1/2?", "answer": "0.5", "response": r"\boxed{\frac12}"},
     {"problem": "x?", "answer": "x+1", "response": r"\boxed{1+x}"},
     {"problem": "2?", "answer": 2, "response": r"\boxed{3}"},
-    {"problem": "2?", "answer": "2", "response": "2"},
+    {"problem": "2?", "answer": "2", "response": "Perhaps 2"},
 ]
 
 
