@@ -238,7 +238,7 @@ def plot(runs: list[dict[str, Any]], names: list[str], path: Path) -> None:
     }
     colours = dict(zip(["dense", "80", "64", "48"], ["black", "C0", "C1", "C3"], strict=True))
     plt.rcParams |= {"svg.hashsalt": "frugal_rl", "font.size": 9}
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
     for (key, title), axis in zip(panels.items(), axes.flat, strict=True):
         for name in names:
             curves = [[row.get(key, 0.0) for row in run["metrics"]] for run in runs if label(run) == name]
@@ -250,7 +250,8 @@ def plot(runs: list[dict[str, Any]], names: list[str], path: Path) -> None:
             axis.fill_between(steps, low, high, alpha=0.08, color=colour, linewidth=0)
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 1].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 
