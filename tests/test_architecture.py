@@ -50,6 +50,7 @@ LEVELS = [
     ],
     ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes", "analysis"],
     ["report.update"],
+    ["kernels.choice"],
     [
         "doctor",
         "stream",
