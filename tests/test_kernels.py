@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal_rl.kernels import choice
 from frugal_rl.errors import InputError
+from frugal_rl.kernels import choice
 
 from .conftest import needs_triton
 
