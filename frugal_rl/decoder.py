@@ -39,6 +39,7 @@ Observe = Callable[[int, Tensor, Tensor, Tensor | None, float], None]
 
 ATTENTION = "frugal_rl"
 HEAD_BLOCK_BYTES = 32 << 20  # one block of the head's rows, and one block of logits, in the compute format
+PAIR_FACTOR = 4  # attention under a mask runs at about this fraction of the rate of other products
 RESIDENT_BYTES = 64 << 20  # copies of all layers in the compute format may stay while sampling, up to this
 
 
@@ -131,6 +132,14 @@ class Decoder:
                 f"the checkpoint does not match its config ({self.config.model_type}): "
                 f"missing {missing or 'nothing'}, unexpected {extra or 'nothing'}"
             )
+
+    @property
+    def pair_cost(self) -> float:
+        """Tokens through a layer's matrices that cost as much as a pair of tokens in its attention."""
+        heads = self.config.num_attention_heads
+        head_size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        entries = sum(math.prod(self.weights.held[t.name].shape) for t in self.targets[0])
+        return PAIR_FACTOR * 2 * heads * head_size / entries
 
     # --- layers
 

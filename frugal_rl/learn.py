@@ -34,7 +34,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -156,8 +156,8 @@ class Learner:
     def _through(self, index: int, batch: _Batch, states: list[Tensor]) -> None:
         """All micro-batches through one layer, each in the place of its input."""
         with self.decoder.layer(index) as layer:
-            for m, arguments in enumerate(batch.arguments):
-                states[m] = self._away(layer(self._here(states[m]), **arguments[index]))
+            for m in range(len(batch.micro)):
+                states[m] = self._away(layer(self._here(states[m]), **batch.arguments_of(m, index)))
 
     def step(self, rollouts: Sequence[Rollout], loss: Loss) -> Step:
         """One optimizer step on the whole batch. Commits it, or leaves the weights as they were.
@@ -241,7 +241,9 @@ class Learner:
                 state_ND = here.flatten(0, 1)[place_N].requires_grad_()
                 torch.autograd.backward(norm(state_ND), slope_ND[part])
                 slope = torch.zeros_like(here)
-                slope.flatten(0, 1)[place_N] = _gradient_of(state_ND)
+                own_ND = _gradient_of(state_ND)
+                for turn in batch.micro[m].turns:  # sums in one order, whatever the device
+                    slope.flatten(0, 1)[place_N[turn]] += own_ND[turn]
                 states[m] = self._away(slope)
             if not self._frozen:
                 (weight,) = norm.parameters()
@@ -276,10 +278,10 @@ class Learner:
                 for place, index in enumerate(run)
             ]
             gradients = _accumulate_in_float32(layers) if learn else {}
-            for m, arguments in enumerate(batch.arguments):
+            for m in range(len(batch.micro)):
                 first = hidden = self._here(inputs[m]).detach().requires_grad_()
                 for index, layer in zip(run, layers, strict=True):
-                    hidden = layer(hidden, **arguments[index])
+                    hidden = layer(hidden, **batch.arguments_of(m, index))
                 torch.autograd.backward(hidden, self._here(slopes[m]))
                 # the state is not needed any more
                 slopes[m] = inputs[m] = self._away(_gradient_of(first))
@@ -317,7 +319,7 @@ class _Batch:
     def __init__(self, decoder: Decoder, rollouts: Sequence[Rollout], micro_tokens: int) -> None:
         self.decoder = decoder
         device = decoder.device
-        self.micro: list[MicroBatch] = micro_batches(rollouts, micro_tokens)
+        self.micro: list[MicroBatch] = micro_batches(rollouts, micro_tokens, decoder.pair_cost)
         self.tokens = [torch.from_numpy(m.token_BT).to(device) for m in self.micro]
         self.place = [torch.from_numpy(m.place_N).to(device) for m in self.micro]
         self.target_N = torch.cat([torch.from_numpy(m.target_N) for m in self.micro]).to(device)
@@ -327,18 +329,34 @@ class _Batch:
         flat = [
             row * self.shape[1] + np.arange(len(rollouts[row].response_ids))
             for m in self.micro
-            for row in m.row_B
+            for row in m.row_R
         ]
         self.flat_N = torch.from_numpy(np.concatenate(flat)).to(device)
-        self.arguments: list[list[dict]] = []
+        self.segments, self.positions = (
+            [None if value is None else torch.from_numpy(value).to(device) for value in values]
+            for values in ([m.segment_BT for m in self.micro], [m.position_BT for m in self.micro])
+        )
+        self._arguments: list[list[dict[str, Any]]] = []
+        self._mask: tuple[int, Tensor] | None = None  # of the micro-batch that was last run
 
     def embed(self) -> Iterator[Tensor]:
         """x_0 of each micro-batch in turn; also catches the arguments of the layers."""
-        self.arguments = []
-        for token_BT in self.tokens:
+        self._arguments = []
+        for token_BT, position_BT in zip(self.tokens, self.positions, strict=True):
             hidden = self.decoder.embed(token_BT)
-            self.arguments.append(self.decoder.arguments(hidden))
+            self._arguments.append(self.decoder.arguments(hidden, position_BT))
             yield hidden
+
+    def arguments_of(self, m: int, index: int) -> dict[str, Any]:
+        """What layer `index` is called with besides the hidden states of micro-batch m."""
+        segment_BT = self.segments[m]
+        if segment_BT is None:
+            return self._arguments[m][index]
+        if self._mask is None or self._mask[0] != m:
+            place_T = torch.arange(segment_BT.shape[1], device=segment_BT.device)
+            seen_BTT = (segment_BT[:, None] == 0) | (segment_BT[:, None] == segment_BT[:, :, None])
+            self._mask = m, (seen_BTT & (place_T <= place_T[:, None]))[:, None]
+        return {**self._arguments[m][index], "slot_mask": self._mask[1]}
 
     def spread(self, value_N: Tensor) -> Tensor:
         """[N] in the order of the micro-batches to [B, T] in the order of the rollouts."""

@@ -25,6 +25,7 @@ from typing import Any
 from .arms import RANK, extra_bytes
 from .console import size
 from .errors import InputError
+from .rollout import SHARED_TOKENS
 
 FLOAT32_BYTES = 4
 M_MMAP_THRESHOLD = -3  # mallopt's name for it
@@ -302,7 +303,9 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     if work.gguf is not None:
         slots = min(slots, LLAMA_SLOTS)
     most = MOST_MICRO_TOKENS["device" if work.has_host else "host"]
-    fitting = (budget_bytes - fixed - gradients - way.device_bytes) // (token * together)
+    # a row of several responses has a mask over all its pairs, as numbers beside as bits
+    learned_token = token * together + min(SHARED_TOKENS, most, work.sequences * work.longest) * (1 + compute)
+    fitting = (budget_bytes - fixed - gradients - way.device_bytes) // learned_token
     micro = max(work.longest, min(fitting, most, work.sequences * work.longest))
     if work.eviction:
         generating["eviction"] += slots * remembered
@@ -323,8 +326,8 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
             **learning,
             "boundary states": way.device_bytes,
             "gradient scratch": gradients,
-            "micro-batch": micro * token * together,
-            "head, beyond these two": max(0, head - gradients - micro * token * together),
+            "micro-batch": micro * learned_token,
+            "head, beyond these two": max(0, head - gradients - micro * learned_token),
         },
         host={
             "boundary states": way.host_bytes,

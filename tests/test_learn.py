@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from frugal_rl.decoder import Decoder
 from frugal_rl.learn import Learner
 from frugal_rl.memory import live_states
-from frugal_rl.rollout import Rollout, micro_batches
+from frugal_rl.rollout import MicroBatch, Rollout, micro_batches
 from frugal_rl.weights import Weights
 
 from .conftest import KINDS, make_decoder, make_rollouts, weights_of
@@ -73,12 +75,35 @@ def test_a_step_is_full_batch_sgd_with_clipping(kind: str, tied: bool, clip: flo
     assert update < UPDATE_TOLERANCE
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("micro_tokens", [10_000, 70])
+def test_responses_behind_one_prompt_are_learned_as_if_each_stood_alone(
+    kind: str, micro_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Decoder, "pair_cost", 0.0)
+    model, decoder = make_decoder(kind)
+    before = {k: v.clone() for k, v in decoder.weights.tensors.items()}
+    rollouts, advantages = make_groups(3, 5), torch.randn(15, generator=torch.Generator().manual_seed(1))
+    learner = Learner(decoder, 0.1, 2.0, TEMPERATURE, micro_tokens=micro_tokens)
+    logprob_BT = learner.log_probs(rollouts)
+    with torch.no_grad():
+        for row, rollout in enumerate(rollouts):
+            slow_T = slow_log_probs(model, rollout)
+            torch.testing.assert_close(logprob_BT[row, : len(slow_T)], slow_T, rtol=0, atol=2e-6)
+    step = learner.step(rollouts, policy_gradient(advantages))
+    norm = sgd_step(model, rollouts, advantages, 0.1, 2.0)
+    assert step.commit.norm == pytest.approx(float(norm), rel=1e-5)
+    weight, update = relative_errors(model, decoder, before)
+    assert weight < WEIGHT_TOLERANCE
+    assert update < UPDATE_TOLERANCE
+
+
 @pytest.mark.parametrize("micro_tokens,count", [(10_000, 1), (140, 2), (36, 7)])
 def test_the_number_of_micro_batches_changes_nothing(micro_tokens: int, count: int) -> None:
     model, decoder = make_decoder("qwen2")
     before = {k: v.clone() for k, v in decoder.weights.tensors.items()}
     rollouts, advantages = make_rollouts(13), torch.linspace(-1, 1, 13)
-    assert len(micro_batches(rollouts, micro_tokens)) == count
+    assert len(micro_batches(rollouts, micro_tokens, 0.0)) == count
     Learner(decoder, 0.1, 1.0, TEMPERATURE, micro_tokens).step(rollouts, policy_gradient(advantages))
     sgd_step(model, rollouts, advantages, 0.1, 1.0)
     weight, update = relative_errors(model, decoder, before)
@@ -254,23 +279,70 @@ def _to_meta(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "position_embeddings": tuple(t.to("meta") for t in pair)}
 
 
-def test_micro_batches_hold_every_sequence_once_within_the_budget_longest_first() -> None:
-    rollouts = make_rollouts(40)
-    batches = micro_batches(rollouts, 120)
-    rows = [int(r) for b in batches for r in b.row_B]
-    assert sorted(rows) == list(range(40))
+def make_groups(groups: int, samples: int, seed: int = 0) -> list[Rollout]:
+    """Ragged responses, several to each prompt, in an order that mixes the prompts."""
+    prompts = [r.prompt_ids for r in make_rollouts(groups, seed)]
+    answers = make_rollouts(groups * samples, seed + 1)
+    return [replace(r, prompt_ids=prompts[i % groups]) for i, r in enumerate(answers)]
+
+
+def check_micro_batch(batch: MicroBatch, rollouts: list[Rollout]) -> None:
+    """Every state that predicts sees its own sequence so far, at its own places, and nothing else."""
+    shape = batch.token_BT.shape
+    segment_BT = np.ones(shape, int) if batch.segment_BT is None else batch.segment_BT
+    position_BT = (
+        np.tile(np.arange(shape[1]), (shape[0], 1)) if batch.position_BT is None else batch.position_BT
+    )
+    shared = batch.segment_BT is not None
+    n = 0
+    for rollout in (rollouts[row] for row in batch.row_R):
+        ids = [*rollout.prompt_ids, *rollout.response_ids.tolist()]
+        for t in range(len(rollout.prompt_ids), len(ids)):
+            b, place = divmod(int(batch.place_N[n]), shape[1])
+            own = (0, segment_BT[b, place])
+            seen = [c for c in range(place + 1) if not shared or segment_BT[b, c] in own]
+            assert batch.token_BT[b, seen].tolist() == ids[:t]
+            assert position_BT[b, seen].tolist() == list(range(t))
+            assert batch.target_N[n] == ids[t]
+            n += 1
+    assert n == len(batch.place_N) == len(batch.target_N)
+    assert [i for turn in batch.turns for i in range(turn.start, turn.stop)] == list(range(n))
+    assert all(len(set(batch.place_N[turn])) == turn.stop - turn.start for turn in batch.turns)
+
+
+@pytest.mark.parametrize("pair_cost", [0.0, 0.02, 10.0])
+@pytest.mark.parametrize("budget", [60, 120, 10_000])
+def test_micro_batches_hold_every_rollout_once_within_the_budget_widest_first(
+    budget: int, pair_cost: float
+) -> None:
+    rollouts = make_groups(6, 7)
+    batches = micro_batches(rollouts, budget, pair_cost)
+    assert sorted(int(r) for b in batches for r in b.row_R) == list(range(42))
     widths = [b.token_BT.shape[1] for b in batches]
     assert widths == sorted(widths, reverse=True)
-    assert all(b.token_BT.size <= 120 for b in batches)
+    assert all(b.token_BT.size <= budget for b in batches)
     for batch in batches:
-        places = iter(zip(batch.place_N, batch.target_N, strict=True))
-        for b, row in enumerate(batch.row_B):
-            ids = [*rollouts[row].prompt_ids, *rollouts[row].response_ids.tolist()]
-            for t in range(len(rollouts[row].prompt_ids), len(ids)):
-                place, target = next(places)
-                assert (place, target) == (b * batch.token_BT.shape[1] + t - 1, ids[t])
+        check_micro_batch(batch, rollouts)
+
+
+def test_responses_share_their_prompt_where_that_saves_work() -> None:
+    rollouts = make_groups(6, 7)
+    rows = {c: sum(len(b.token_BT) for b in micro_batches(rollouts, 10_000, c)) for c in (0.0, 0.02, 10.0)}
+    assert rows[0.0] == 6
+    assert 6 < rows[0.02] < 42
+    assert rows[0.02] < rows[10.0] <= 42
+
+
+def test_a_shared_row_grows_while_it_is_cheaper_than_the_sequences_by_themselves() -> None:
+    """Prompt 10, responses of 1 + 6: beside w tokens another costs 6 + c (12 w + 36), alone 16 + 128 c."""
+    rollouts = [replace(r, prompt_ids=tuple(range(10))) for r in make_rollouts(9, longest=1)]
+    rollouts = [replace(r, response_ids=np.arange(7)) for r in rollouts]
+    # six responses take 46 tokens; the seventh goes there while 6 + c (12 * 46 + 36) < 16 + 128 c
+    for cost, members in ((10 / 460 - 1e-6, 7), (10 / 460 + 1e-6, 6)):
+        (batch,) = micro_batches(rollouts, 10_000, cost)
+        assert batch.token_BT.shape[1] == 10 + 6 * members
 
 
 def test_a_sequence_longer_than_the_budget_still_goes_alone() -> None:
-    batches = micro_batches(make_rollouts(4), 1)
-    assert [len(b.row_B) for b in batches] == [1, 1, 1, 1]
+    batches = micro_batches(make_rollouts(4), 1, 0.0)
+    assert [len(b.row_R) for b in batches] == [1, 1, 1, 1]

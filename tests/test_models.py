@@ -50,12 +50,12 @@ def test_every_token_of_a_response_is_learned_whatever_its_id_the_end_included()
         prompt = tuple(rng.integers(0, 3, 4).tolist())
         rollouts.append(Rollout(prompt, response, nothing, False, nothing))
     for budget in (1, 30, 1000):
-        batches = micro_batches(rollouts, budget)
+        batches = micro_batches(rollouts, budget, 0.0)
         learned: dict[int, list[int]] = {}
         for batch in batches:
             width = batch.token_BT.shape[1]
             for place, target in zip(batch.place_N, batch.target_N, strict=True):
-                learned.setdefault(int(batch.row_B[place // width]), []).append(int(target))
+                learned.setdefault(int(batch.row_R[place // width]), []).append(int(target))
         assert learned == {row: r.response_ids.tolist() for row, r in enumerate(rollouts)}
 
 

@@ -14,6 +14,8 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from frugal_rl.weights import Weights
 
 SHARE = 0.0002
 BATCHES = (1, 16, 64)
+ROUNDED = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def qwen_config() -> Any:
@@ -178,7 +181,11 @@ def shape() -> None:
 
 
 def logits(threads: int) -> None:
-    """Logits beside torch's in float32, and whether every tensor is a fresh conversion's."""
+    """Logits beside torch's in float32, and whether every tensor is a fresh conversion's.
+
+    ggml rounds what enters a product to the weights' format (bf16, f16): beside torch with the same
+    rounding too, and the gap between torch with and without it.
+    """
     from frugal_rl.journal import Journal
     from frugal_rl.session import Reporter, open_session
     from frugal_rl.train import train
@@ -196,12 +203,18 @@ def logits(threads: int) -> None:
             twin.sync_()
             fresh = Twin(session.policy.weights, session.files.config, form)
             same = all(np.array_equal(blocks, fresh.tensors()[n]) for n, blocks in twin.tensors().items())
-            gaps, largest = [], 0.0
+            gaps, rounded_gaps, own_gaps, largest = [], [], [], 0.0
+            model = torch_model(session.policy.decoder)
             for ids in prompts:
                 ours = twin_logits(twin, ids)
-                theirs = torch_logits(session.policy.decoder, ids)
+                theirs = torch_logits(model, ids)
                 largest = max(largest, float(np.abs(theirs).max()))
                 gaps.append(float(np.abs(ours - theirs).max()))
+                if form in ROUNDED:
+                    with inputs_rounded(model, ROUNDED[form]):
+                        rounded = torch_logits(model, ids)
+                    rounded_gaps.append(float(np.abs(ours - rounded).max()))
+                    own_gaps.append(float(np.abs(theirs - rounded).max()))
         print(
             json.dumps(
                 {
@@ -210,6 +223,8 @@ def logits(threads: int) -> None:
                     "prompts": len(prompts),
                     "max_gap": round(max(gaps), 4),
                     "median_gap": round(float(np.median(gaps)), 4),
+                    "max_gap_to_torch_rounding_alike": round(max(rounded_gaps), 4) if rounded_gaps else None,
+                    "max_gap_of_torch_to_itself_rounding": round(max(own_gaps), 4) if own_gaps else None,
                     "largest_logit": round(largest, 1),
                     "tensors_are_a_fresh_conversions": same,
                 }
@@ -233,15 +248,34 @@ def twin_logits(twin: Twin, ids: tuple[int, ...]) -> np.ndarray:
     return np.concatenate(rows)
 
 
-@torch.no_grad()
-def torch_logits(decoder: Decoder, ids: tuple[int, ...]) -> np.ndarray:
+def torch_model(decoder: Decoder) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(decoder.config).float().eval()
     state = {n: t.float() for n, t in decoder.weights.tensors.items()}
     model.load_state_dict(state, strict=False)
     model.tie_weights()
+    return model
+
+
+@torch.no_grad()
+def torch_logits(model: Any, ids: tuple[int, ...]) -> np.ndarray:
     return np.asarray(model(torch.tensor([ids])).logits[0].numpy())
+
+
+@contextmanager
+def inputs_rounded(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """What enters a product with a weight is rounded to `dtype` first."""
+    hooks = [
+        m.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype).float(),))
+        for m in model.modules()
+        if isinstance(m, torch.nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def main() -> None:

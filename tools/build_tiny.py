@@ -31,7 +31,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -174,9 +174,16 @@ def supervised_batch(tokenizer: Any, pairs: list[tuple[str, str]]) -> tuple[torc
 
 
 def train(
-    model: Qwen2ForCausalLM, tokenizer: Any, batches: Iterator[list[tuple[str, str]]], steps: int
+    model: Qwen2ForCausalLM,
+    tokenizer: Any,
+    batches: Iterator[list[tuple[str, str]]],
+    steps: int,
+    seen: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
-    """One AdamW run on so many batches of prompts and answers, with one cosine schedule; in place."""
+    """One AdamW run on so many batches of prompts and answers, with one cosine schedule; in place.
+
+    `seen`: from the labels [B, T] which tokens each may attend to, bool [B, 1, T, T]; None: all before it.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.01)
     start_s = time.monotonic()
     model.train()
@@ -185,7 +192,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * min(1, (step + 1) / WARMUP_STEPS) * cosine
         ids_BT, labels_BT = supervised_batch(tokenizer, pairs)
-        loss = model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
+        mask = seen(labels_BT) if seen else None
+        loss = model(input_ids=ids_BT, attention_mask=mask, labels=labels_BT, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

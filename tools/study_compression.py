@@ -44,6 +44,7 @@ LEVELS: Final = (1, 2, 4)  # of the lessons: most is learned on short answers
 SKILL_STEPS: Final = 420
 HABIT_STEPS: Final = 40
 BATCH: Final = 48
+SEEN_TOKENS: Final = 32  # that the base has learned to work from, besides the prompt
 WORKED_SHARE: Final = 0.35
 WORKED_TOKENS: Final = 20  # an answer that is guessed has two
 BUFFER: Final = 16  # entries besides the budget
@@ -54,14 +55,22 @@ SEED: Final = 4321
 def working(prompt: str) -> str:
     """Every sum on the way, by the name of its digit, and the last one again on a line of its own."""
     total, rounds, *digits = (int(n) for n in re.findall(r"\d+", prompt))
-    lines = []
+    steps = []
     for turn in range(1, rounds + 1):
-        steps = []
         for name, digit in zip("abcde", digits, strict=True):
-            steps.append(f"{name}{total}+{digit}={total + digit}")
+            steps.append(f"{turn}{name}{total}+{digit}={total + digit}")
             total = (total + digit) % 10
-        lines.append(f"{turn}:{','.join(steps)};")
-    return f"{''.join(lines)}\n{total}"
+    return f"{','.join(steps)}\n{total}"
+
+
+def prompt_and_recent(label_BT: torch.Tensor) -> torch.Tensor:
+    """A token sees the prompt, which has no labels, and the last SEEN_TOKENS: bool [B, 1, T, T]."""
+    place_T = torch.arange(label_BT.shape[1])
+    back_TT = place_T[:, None] - place_T
+    first_B = (label_BT != build_tiny.IGNORED).int().argmax(dim=1)
+    prompt_BT = place_T < first_B[:, None]
+    recent_TT = back_TT < SEEN_TOKENS
+    return ((back_TT >= 0) & (recent_TT | prompt_BT[:, None, :]))[:, None]
 
 
 def lessons() -> Iterator[list[tuple[str, str]]]:
@@ -86,7 +95,7 @@ def build_base(folder: Path) -> None:
     tiny = find_model("tiny").folder
     model = build_tiny.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     tokenizer = build_tiny.AutoTokenizer.from_pretrained(folder)
-    build_tiny.train(model, tokenizer, lessons(), SKILL_STEPS + HABIT_STEPS)
+    build_tiny.train(model, tokenizer, lessons(), SKILL_STEPS + HABIT_STEPS, prompt_and_recent)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
