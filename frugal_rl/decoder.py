@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from .errors import InputError
 from .shapes import SUPPORTED
@@ -38,6 +39,8 @@ from .weights import Weights
 Observe = Callable[[int, Tensor, Tensor, Tensor | None, float], None]
 
 ATTENTION = "frugal_rl"
+ADDS_INTO_FLOAT32 = TorchVersion(torch.__version__) >= "2.10"
+PRODUCT_ENTRIES = 4 << 20  # of a float32 temporary beside a sum of products
 HEAD_BLOCK_BYTES = 32 << 20  # one block of the head's rows, and one block of logits, in the compute format
 RESIDENT_BYTES = 64 << 20  # copies of all layers in the compute format may stay while sampling, up to this
 
@@ -295,9 +298,9 @@ class Decoder:
                 row_M = torch.nonzero((local_N >= 0) & (local_N < stop - start)).view(-1)
                 slope_NR[row_M, local_N[row_M]] += gradient_N[part][row_M]
                 slope_NR = slope_NR.div_(temperature).to(self.dtype)
-                _add_product_(out_ND[part], slope_NR, weight_RD)
+                add_product_(out_ND[part], slope_NR, weight_RD)
                 if learns:
-                    _add_product_(block_RD, slope_NR.T, normed_ND[part])
+                    add_product_(block_RD, slope_NR.T, normed_ND[part])
             if take is not None:
                 take(start, block_RD)
         return out_ND.to(normed_ND.dtype)
@@ -372,9 +375,22 @@ def longest_sequence(config: Any) -> int:
     return min(limit, int(window)) if slides and window else limit
 
 
-def _add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left @ right, accumulated in float32. In place."""
+def add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out += left @ right, in float32 from the products on. In place.
+
+    Of a lower precision: cuBLAS adds into `out` itself (pytorch/pytorch#167931, torch 2.10); elsewhere a
+    part is a float32 copy at a time.
+    """
     if left.dtype == torch.float32:
         out.addmm_(left, right)
+    elif out.is_cuda and ADDS_INTO_FLOAT32:
+        torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
+    elif out.is_cuda:
+        step = max(1, PRODUCT_ENTRIES // out.shape[1])
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            out[rows] += torch.mm(left[rows], right, out_dtype=torch.float32)
     else:
-        out += left @ right
+        step = max(1, PRODUCT_ENTRIES // (out.shape[0] + out.shape[1]))
+        for start in range(0, len(right), step):
+            out.addmm_(left[:, start : start + step].float(), right[start : start + step].float())

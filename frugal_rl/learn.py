@@ -32,15 +32,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .decoder import Decoder, HeadState
+from .decoder import Decoder, HeadState, add_product_
 from .rollout import MicroBatch, Rollout, micro_batches
 from .weights import Commit, Transaction
 
@@ -275,7 +276,7 @@ class Learner:
                 stack.enter_context(self.decoder.layer(index, learn=learn, place=place))
                 for place, index in enumerate(run)
             ]
-            gradients = _accumulate_in_float32(layers) if learn else {}
+            gradients = stack.enter_context(_accumulate_in_float32(layers)) if learn else {}
             for m, arguments in enumerate(batch.arguments):
                 first = hidden = self._here(inputs[m]).detach().requires_grad_()
                 for index, layer in zip(run, layers, strict=True):
@@ -288,9 +289,20 @@ class Learner:
                     transaction.propose(target.name, gradients.pop(target.parameter))
 
 
-def _accumulate_in_float32(layers: Sequence[torch.nn.Module]) -> dict[Tensor, Tensor]:
-    """Gradients by parameter, summed over micro-batches in float32 as soon as each is computed."""
+@contextmanager
+def _accumulate_in_float32(layers: Sequence[nn.Module]) -> Iterator[dict[Tensor, Tensor]]:
+    """Gradients by parameter, summed over micro-batches in float32 as soon as each is computed.
+
+    Those of linear layers of a lower precision are summed from the products on (_Linear), so they are
+    nowhere rounded to that precision, and no copy in it exists.
+    """
     total: dict[Tensor, Tensor] = {}
+    linear = [
+        module
+        for layer in layers
+        for module in layer.modules()
+        if isinstance(module, nn.Linear) and module.weight.dtype != torch.float32
+    ]
 
     def add(parameter: Tensor) -> None:
         gradient = _gradient_of(parameter)
@@ -303,7 +315,39 @@ def _accumulate_in_float32(layers: Sequence[torch.nn.Module]) -> dict[Tensor, Te
     for layer in layers:
         for parameter in layer.parameters():
             parameter.register_post_accumulate_grad_hook(add)
-    return total
+    for module in linear:
+        module.forward = partial(_linear, module, total)  # type: ignore[method-assign]
+    try:
+        yield total
+    finally:
+        for module in linear:
+            del module.forward  # the class's own again
+
+
+def _linear(module: nn.Linear, total: dict[Tensor, Tensor], hidden: Tensor) -> Tensor:
+    return _Linear.apply(hidden, module, total)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer; the gradients of its weight and bias are added to `total`, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, module: nn.Linear, total: dict[Tensor, Tensor]) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.module, ctx.total = module, total
+        return nn.functional.linear(hidden, module.weight, module.bias)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        (hidden,), weight, bias = ctx.saved_tensors, ctx.module.weight, ctx.module.bias
+        slope_NO, hidden_NI = slope.flatten(0, -2), hidden.flatten(0, -2)
+        for parameter in (weight, bias):
+            if parameter is not None and parameter not in ctx.total:
+                ctx.total[parameter] = torch.zeros(parameter.shape, device=slope.device)
+        add_product_(ctx.total[weight], slope_NO.T, hidden_NI)
+        if bias is not None:
+            ctx.total[bias] += slope_NO.sum(0, dtype=torch.float32)
+        return slope @ weight, None, None
 
 
 def _gradient_of(leaf: Tensor) -> Tensor:

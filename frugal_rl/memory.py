@@ -285,8 +285,10 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     learned = 0 if work.frozen else FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + PROPOSAL_BYTES * plain
     block = HEAD_BLOCK_BYTES + FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + learned
     head = responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + block
-    # the sums of a run's layers (of all, where an optimizer wants them), and the matrix that is being added
-    sums = shape.layer_parameters * together * plain + shape.hidden * shape.intermediate
+    # the sums of a run's layers (of all, where an optimizer wants them), and the matrix that is being added:
+    # below float32, products go into the sums as they are
+    added = shape.hidden * shape.intermediate * (compute >= FLOAT32_BYTES)
+    sums = shape.layer_parameters * together * plain + added
     gradients = 0 if work.frozen else sums * FLOAT32_BYTES
     if work.reference is not None:
         # it scores before the step begins: what its layers need beyond what the step has for its own

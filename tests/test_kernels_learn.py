@@ -231,7 +231,7 @@ def test_the_kernels_compile_for_the_gpus_that_are_meant(tmp_path: Path) -> None
         env={
             **environment,
             "TRITON_CACHE_DIR": str(tmp_path),
-            "PYTHONPATH": str(Path(__file__).parent.parent),
+            "PYTHONPATH": str(root),
         },
         capture_output=True,
         text=True,

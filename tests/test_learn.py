@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from frugal_rl.decoder import Decoder
-from frugal_rl.learn import Learner
+from frugal_rl.learn import Learner, _accumulate_in_float32
 from frugal_rl.memory import live_states
 from frugal_rl.rollout import Rollout, micro_batches
 from frugal_rl.weights import Weights
@@ -54,6 +54,35 @@ def relative_errors(model: Any, decoder: Any, before: dict[str, Tensor]) -> tupl
         weight = max(weight, float(error / expected.norm()))
         update = max(update, float(error / (expected - before[name]).norm()))
     return weight, update
+
+
+def test_below_float32_a_sum_over_micro_batches_rounds_no_product() -> None:
+    """Against float64 products of the very slopes and states; the hidden state's gradient is autograd's."""
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.SiLU(), torch.nn.Linear(40, 8, bias=False))
+    layer = layer.bfloat16()
+    first, last = layer[0], layer[2]
+    micro = [(torch.randn(3, 50, 24).bfloat16(), torch.randn(3, 50, 8).bfloat16()) for _ in range(6)]
+    weight, bias = torch.zeros(40, 24).double(), torch.zeros(40).double()
+    with _accumulate_in_float32([layer]) as total:
+        for hidden, slope in micro:
+            hidden.requires_grad_()
+            middle = first(hidden)
+            middle.retain_grad()
+            last(layer[1](middle)).backward(slope)
+            weight += middle.grad.flatten(0, 1).double().T @ hidden.detach().flatten(0, 1).double()
+            bias += middle.grad.flatten(0, 1).double().sum(0)
+        assert set(total) == {first.weight, first.bias, last.weight}
+        assert all(sums.dtype == torch.float32 for sums in total.values())
+        # 1.7e-3 where each micro-batch's product is rounded to bf16
+        assert float((total[first.weight] - weight).norm() / weight.norm()) < 1e-6
+        assert float((total[first.bias] - bias).norm() / bias.norm()) < 1e-6
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    hidden, slope = micro[-1]
+    twin = hidden.detach().clone().requires_grad_()
+    layer(twin).backward(slope)  # the modules' own forward again
+    assert "forward" not in vars(first)
+    assert torch.equal(twin.grad, hidden.grad)
 
 
 @pytest.mark.parametrize("tied", [True, False])
