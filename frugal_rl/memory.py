@@ -33,6 +33,9 @@ M_MMAP_THRESHOLD = -3  # mallopt's name for it
 CHANGED_SHARE = 0.004
 PATCH_BYTES = 10  # an entry of the patch: its position and the base's bits
 WAITING_BYTES = 10  # an entry that waits for the commit: its position, gradient and bits
+TRAVELLING = (
+    4  # states of a micro-batch on their way to or from the host, besides the one in use (transit.py)
+)
 PAGE_LOCKED_FACTOR = 2  # torch rounds page-locked blocks up to powers of two: less than twice the bytes
 HEAD_BLOCK_BYTES = 32 << 20  # of the head's rows, and of logits, in the compute format (decoder.py)
 PROPOSAL_BYTES = 20 * (4 << 20)  # scratch of a proposal: a few copies of its entries (weights.py)
@@ -304,7 +307,8 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     if work.gguf is not None:
         slots = min(slots, LLAMA_SLOTS)
     most = MOST_MICRO_TOKENS["device" if work.has_host else "host"]
-    fitting = (budget_bytes - fixed - gradients - way.device_bytes) // (token * together)
+    learned_token = token * together + TRAVELLING * way.on_host * shape.hidden * compute
+    fitting = (budget_bytes - fixed - gradients - way.device_bytes) // learned_token
     micro = max(work.longest, min(fitting, most, work.sequences * work.longest))
     if work.eviction:
         generating["eviction"] += slots * remembered
@@ -325,8 +329,8 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
             **learning,
             "boundary states": way.device_bytes,
             "gradient scratch": gradients,
-            "micro-batch": micro * token * together,
-            "head, beyond these two": max(0, head - gradients - micro * token * together),
+            "micro-batch": micro * learned_token,
+            "head, beyond these two": max(0, head - gradients - micro * learned_token),
         },
         host={
             "boundary states": way.host_bytes,

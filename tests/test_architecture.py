@@ -63,7 +63,7 @@ LEVELS = [
         "gguf.write",
         "gguf.change",
     ],
-    ["decoder"],
+    ["transit", "decoder"],
     [
         "policy",
         "learn",

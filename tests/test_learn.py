@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
+from frugal_rl import learn
 from frugal_rl.decoder import Decoder
 from frugal_rl.learn import Learner, _accumulate_in_float32
 from frugal_rl.memory import live_states
@@ -200,6 +202,40 @@ def test_keeping_states_on_the_host_of_a_gpu_changes_nothing(every: int) -> None
         decoder = Decoder(model.config, Weights(tensors))
         learner = Learner(decoder, 0.1, 1.0, 1.0, 100, boundary_every=every, boundary_on_host=on_host)
         learner.step(make_rollouts(40), policy_gradient(torch.linspace(-1, 1, 40, device="cuda")))
+        results.append(decoder.weights.tensors)
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def test_attention_gets_no_mask_so_that_it_may_be_a_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right-padded micro-batches: what is causal is all that a response needs. A mask would rule flash out."""
+    functional = torch.nn.functional
+    attend, seen = functional.scaled_dot_product_attention, []
+
+    def note(*tensors: Tensor, **options: Any) -> Tensor:
+        seen.append(options)
+        return attend(*tensors, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", note)
+    _, decoder = make_decoder("qwen2")
+    Learner(decoder, 0.1, 1.0, 1.0, 60).step(make_rollouts(9), policy_gradient(torch.ones(9)))
+    assert seen and all(o["is_causal"] and o.get("attn_mask") is None for o in seen)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_attention_is_a_flash_kernel_and_two_steps_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(learn, "BACKENDS", [SDPBackend.FLASH_ATTENTION])
+    results = []
+    for _ in range(2):
+        model, _ = make_decoder("qwen2", dtype=torch.bfloat16, layers=4)
+        tensors = {k: v.cuda() for k, v in weights_of(model).tensors.items()}
+        decoder = Decoder(model.config, Weights(tensors))
+        step = Learner(decoder, 0.1, 1.0, 1.0, 100).step(
+            make_rollouts(40), policy_gradient(torch.linspace(-1, 1, 40, device="cuda"))
+        )
+        assert step.commit.entries
         results.append(decoder.weights.tensors)
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 
