@@ -15,6 +15,9 @@ The head never sees a whole batch of logits. With V the vocabulary, z = h W^T / 
 are computed block of rows of W by block, twice: once for the log-probabilities (running maximum and
 sum), and, when g is known, once more for dL/dh and for dL/dW, which leaves block by block.
 
+Fused linear cross-entropies (Liger's, or torch.nn's own from 2.13) take the gradient in the forward pass, so
+each token's weight must be known before; here it depends on the log-probabilities of the whole batch.
+
 Sampler and learner share this file and one attention function: what they compute differs only in the
 order of sums. Source: online softmax, arXiv 1805.02867.
 """
@@ -29,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from .errors import InputError
 from .shapes import SUPPORTED
@@ -38,6 +42,8 @@ from .weights import Weights
 Observe = Callable[[int, Tensor, Tensor, Tensor | None, float], None]
 
 ATTENTION = "frugal_rl"
+ADDS_INTO_FLOAT32 = TorchVersion(torch.__version__) >= "2.10"
+PRODUCT_ENTRIES = 4 << 20  # of a float32 temporary beside a sum of products
 HEAD_BLOCK_BYTES = 32 << 20  # one block of the head's rows, and one block of logits, in the compute format
 PAIR_FACTOR = 4  # attention under a mask runs at about this fraction of the rate of other products
 RESIDENT_BYTES = 64 << 20  # copies of all layers in the compute format may stay while sampling, up to this
@@ -304,9 +310,9 @@ class Decoder:
                 row_M = torch.nonzero((local_N >= 0) & (local_N < stop - start)).view(-1)
                 slope_NR[row_M, local_N[row_M]] += gradient_N[part][row_M]
                 slope_NR = slope_NR.div_(temperature).to(self.dtype)
-                _add_product_(out_ND[part], slope_NR, weight_RD)
+                add_product_(out_ND[part], slope_NR, weight_RD)
                 if learns:
-                    _add_product_(block_RD, slope_NR.T, normed_ND[part])
+                    add_product_(block_RD, slope_NR.T, normed_ND[part])
             if take is not None:
                 take(start, block_RD)
         return out_ND.to(normed_ND.dtype)
@@ -381,9 +387,22 @@ def longest_sequence(config: Any) -> int:
     return min(limit, int(window)) if slides and window else limit
 
 
-def _add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left @ right, accumulated in float32. In place."""
+def add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out += left @ right, in float32 from the products on. In place.
+
+    Of a lower precision: cuBLAS adds into `out` itself (pytorch/pytorch#167931, torch 2.10); elsewhere a
+    part is a float32 copy at a time.
+    """
     if left.dtype == torch.float32:
         out.addmm_(left, right)
+    elif out.is_cuda and ADDS_INTO_FLOAT32:
+        torch.addmm(out, left, right, out_dtype=torch.float32, out=out)
+    elif out.is_cuda:
+        step = max(1, PRODUCT_ENTRIES // out.shape[1])
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            out[rows] += torch.mm(left[rows], right, out_dtype=torch.float32)
     else:
-        out += left @ right
+        step = max(1, PRODUCT_ENTRIES // (out.shape[0] + out.shape[1]))
+        for start in range(0, len(right), step):
+            out.addmm_(left[:, start : start + step].float(), right[start : start + step].float())

@@ -31,18 +31,25 @@ needs a second backward pass for the global norm; here nothing is written before
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .decoder import Decoder, HeadState
+from .decoder import Decoder, HeadState, add_product_
 from .rollout import MicroBatch, Rollout, micro_batches
+from .transit import Transit
 from .weights import Commit, Transaction
+
+# of attention: those whose backward pass can be made repeatable
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 Loss = Callable[[Tensor], tuple[Tensor, Mapping[str, float]]]
 
@@ -109,6 +116,7 @@ class Learner:
     def __post_init__(self) -> None:
         if self.layers_together > 1 and self.decoder.weights.streams:
             raise ValueError("streamed layers go backward one at a time")
+        self._transit = Transit(self.decoder.device, self.boundary_on_host)
 
     @property
     def _frozen(self) -> bool:
@@ -128,7 +136,7 @@ class Learner:
 
     def log_probs(self, rollouts: Sequence[Rollout]) -> Tensor:
         """Log-probabilities [B, T] (nats, float32, 0 where padded) of the responses. No gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), self._transit:
             batch = _Batch(self.decoder, rollouts, self.micro_tokens)
             states = self._embed(batch)
             for index in range(len(self.decoder.layers)):
@@ -137,17 +145,8 @@ class Learner:
             return batch.spread(state.logprob_N)
 
     def _away(self, state: Tensor) -> Tensor:
-        """A hidden state, to where those of the whole batch are kept. No sync."""
-        if not self.boundary_on_host:
-            return state
-        locked = state.is_cuda
-        kept = torch.empty(state.shape, dtype=state.dtype, device="cpu", pin_memory=locked)
-        # only the device reads it again, on the same stream; torch frees neither side of a copy under way
-        return kept.copy_(state, non_blocking=locked)
-
-    def _here(self, state: Tensor) -> Tensor:
-        """Inverse of `_away`."""
-        return state.to(self.decoder.device, non_blocking=True)
+        """A hidden state, to where those of the whole batch are kept."""
+        return self._transit.away(state)
 
     def _embed(self, batch: _Batch) -> list[Tensor]:
         """x_0 of each micro-batch."""
@@ -155,9 +154,9 @@ class Learner:
 
     def _through(self, index: int, batch: _Batch, states: list[Tensor]) -> None:
         """All micro-batches through one layer, each in the place of its input."""
-        with self.decoder.layer(index) as layer:
-            for m in range(len(batch.micro)):
-                states[m] = self._away(layer(self._here(states[m]), **batch.arguments_of(m, index)))
+        with self.decoder.layer(index) as layer, repeatable(self.decoder.device):
+            for m, here in enumerate(self._transit.arriving(states)):
+                states[m] = self._away(layer(here, **batch.arguments_of(m, index)))
 
     def step(self, rollouts: Sequence[Rollout], loss: Loss) -> Step:
         """One optimizer step on the whole batch. Commits it, or leaves the weights as they were.
@@ -165,6 +164,10 @@ class Learner:
         `loss` gets log-probabilities [B, T] in the order of `rollouts`, a leaf that requires grad, padded
         with 0 to the longest response, and returns a scalar and numbers to log.
         """
+        with self._transit:
+            return self._step(rollouts, loss)
+
+    def _step(self, rollouts: Sequence[Rollout], loss: Loss) -> Step:
         decoder = self.decoder
         transaction: Update = (
             self.baseline.begin() if self.baseline else Transaction(decoder.weights, self.lr, self.clip)
@@ -214,7 +217,7 @@ class Learner:
                 self._backward(run, batch, inputs.pop(), states, transaction)
         with torch.no_grad():
             if not self._frozen:
-                row_R, gradient_RD = batch.embedding_gradient(map(self._here, states))
+                row_R, gradient_RD = batch.embedding_gradient(self._transit.arriving(states))
                 if waiting is not None:
                     gradient_RD += waiting.gradient_RD
                 transaction.propose(decoder.embed_name, gradient_RD, row_R=row_R)
@@ -225,8 +228,8 @@ class Learner:
         with self.decoder.norm() as norm:
             normed_ND = torch.cat(
                 [
-                    norm(self._here(hidden).flatten(0, 1)[place_N])
-                    for hidden, place_N in zip(top, batch.place, strict=True)
+                    norm(hidden.flatten(0, 1)[place_N])
+                    for hidden, place_N in zip(self._transit.arriving(top), batch.place, strict=True)
                 ]
             )
         return self.decoder.log_probs(normed_ND, batch.target_N, self.temperature), normed_ND
@@ -236,8 +239,8 @@ class Learner:
     ) -> None:
         """Turn `states` from x_L into dL/dx_L, in place; propose the norm's weight."""
         with self.decoder.norm(learn=not self._frozen) as norm:
-            for m, (place_N, part) in enumerate(zip(batch.place, batch.parts, strict=True)):
-                here = self._here(states[m])
+            arriving = zip(batch.place, batch.parts, self._transit.arriving(states), strict=True)
+            for m, (place_N, part, here) in enumerate(arriving):
                 state_ND = here.flatten(0, 1)[place_N].requires_grad_()
                 torch.autograd.backward(norm(state_ND), slope_ND[part])
                 slope = torch.zeros_like(here)
@@ -277,22 +280,35 @@ class Learner:
                 stack.enter_context(self.decoder.layer(index, learn=learn, place=place))
                 for place, index in enumerate(run)
             ]
-            gradients = _accumulate_in_float32(layers) if learn else {}
-            for m in range(len(batch.micro)):
-                first = hidden = self._here(inputs[m]).detach().requires_grad_()
-                for index, layer in zip(run, layers, strict=True):
-                    hidden = layer(hidden, **batch.arguments_of(m, index))
-                torch.autograd.backward(hidden, self._here(slopes[m]))
-                # the state is not needed any more
-                slopes[m] = inputs[m] = self._away(_gradient_of(first))
+            gradients = stack.enter_context(_accumulate_in_float32(layers)) if learn else {}
+            with repeatable(self.decoder.device):
+                arriving = zip(self._transit.arriving(inputs), self._transit.arriving(slopes), strict=True)
+                for m, (here, slope) in enumerate(arriving):
+                    first = hidden = here.detach().requires_grad_()
+                    for index, layer in zip(run, layers, strict=True):
+                        hidden = layer(hidden, **batch.arguments_of(m, index))
+                    torch.autograd.backward(hidden, slope)
+                    # the state is not needed any more
+                    slopes[m] = inputs[m] = self._away(_gradient_of(first))
             for index in reversed(run) if learn else ():
                 for target in self.decoder.targets[index]:
                     transaction.propose(target.name, gradients.pop(target.parameter))
 
 
-def _accumulate_in_float32(layers: Sequence[torch.nn.Module]) -> dict[Tensor, Tensor]:
-    """Gradients by parameter, summed over micro-batches in float32 as soon as each is computed."""
+@contextmanager
+def _accumulate_in_float32(layers: Sequence[nn.Module]) -> Iterator[dict[Tensor, Tensor]]:
+    """Gradients by parameter, summed over micro-batches in float32 as soon as each is computed.
+
+    Those of linear layers of a lower precision are summed from the products on (_Linear), so they are
+    nowhere rounded to that precision, and no copy in it exists.
+    """
     total: dict[Tensor, Tensor] = {}
+    linear = [
+        module
+        for layer in layers
+        for module in layer.modules()
+        if isinstance(module, nn.Linear) and module.weight.dtype != torch.float32
+    ]
 
     def add(parameter: Tensor) -> None:
         gradient = _gradient_of(parameter)
@@ -305,7 +321,62 @@ def _accumulate_in_float32(layers: Sequence[torch.nn.Module]) -> dict[Tensor, Te
     for layer in layers:
         for parameter in layer.parameters():
             parameter.register_post_accumulate_grad_hook(add)
-    return total
+    for module in linear:
+        module.forward = partial(_linear, module, total)  # type: ignore[method-assign]
+    try:
+        yield total
+    finally:
+        for module in linear:
+            del module.forward  # the class's own again
+
+
+def _linear(module: nn.Linear, total: dict[Tensor, Tensor], hidden: Tensor) -> Tensor:
+    return _Linear.apply(hidden, module, total)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer; the gradients of its weight and bias are added to `total`, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, module: nn.Linear, total: dict[Tensor, Tensor]) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.module, ctx.total = module, total
+        return nn.functional.linear(hidden, module.weight, module.bias)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        (hidden,), weight, bias = ctx.saved_tensors, ctx.module.weight, ctx.module.bias
+        slope_NO, hidden_NI = slope.flatten(0, -2), hidden.flatten(0, -2)
+        for parameter in (weight, bias):
+            if parameter is not None and parameter not in ctx.total:
+                ctx.total[parameter] = torch.zeros(parameter.shape, device=slope.device)
+        add_product_(ctx.total[weight], slope_NO.T, hidden_NI)
+        if bias is not None:
+            ctx.total[bias] += slope_NO.sum(0, dtype=torch.float32)
+        return slope @ weight, None, None
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU, every kernel inside gives the same bits in every run: sums are not in the order of arrival.
+
+    Concerns the backward pass of attention, of which cuDNN has no such form, and sums over equal indices.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses products
+    settings: Any = torch.utils.deterministic
+    wanted = torch.are_deterministic_algorithms_enabled()
+    fill, warn = settings.fill_uninitialized_memory, torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False
+    try:
+        with sdpa_kernel(BACKENDS):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=warn)
+        settings.fill_uninitialized_memory = fill
 
 
 def _gradient_of(leaf: Tensor) -> Tensor:
@@ -379,7 +450,8 @@ class _Batch:
         gradient_RD = torch.zeros(len(row_R), width, device=row_R.device)
         for token_BT, slope in zip(self.tokens, slopes, strict=True):
             index_T = torch.searchsorted(row_R, token_BT.view(-1))
-            gradient_RD.index_add_(0, index_T, slope.reshape(-1, width).float())
+            with repeatable(row_R.device):
+                gradient_RD.index_add_(0, index_T, slope.reshape(-1, width).float())
         return row_R, gradient_RD
 
 

@@ -34,6 +34,9 @@ M_MMAP_THRESHOLD = -3  # mallopt's name for it
 CHANGED_SHARE = 0.004
 PATCH_BYTES = 10  # an entry of the patch: its position and the base's bits
 WAITING_BYTES = 10  # an entry that waits for the commit: its position, gradient and bits
+TRAVELLING = (
+    4  # states of a micro-batch on their way to or from the host, besides the one in use (transit.py)
+)
 PAGE_LOCKED_FACTOR = 2  # torch rounds page-locked blocks up to powers of two: less than twice the bytes
 HEAD_BLOCK_BYTES = 32 << 20  # of the head's rows, and of logits, in the compute format (decoder.py)
 PROPOSAL_BYTES = 20 * (4 << 20)  # scratch of a proposal: a few copies of its entries (weights.py)
@@ -286,8 +289,10 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     learned = 0 if work.frozen else FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + PROPOSAL_BYTES * plain
     block = HEAD_BLOCK_BYTES + FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + learned
     head = responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + block
-    # the sums of a run's layers (of all, where an optimizer wants them), and the matrix that is being added
-    sums = shape.layer_parameters * together * plain + shape.hidden * shape.intermediate
+    # the sums of a run's layers (of all, where an optimizer wants them), and the matrix that is being added:
+    # below float32, products go into the sums as they are
+    added = shape.hidden * shape.intermediate * (compute >= FLOAT32_BYTES)
+    sums = shape.layer_parameters * together * plain + added
     gradients = 0 if work.frozen else sums * FLOAT32_BYTES
     if work.reference is not None:
         # it scores before the step begins: what its layers need beyond what the step has for its own
@@ -304,7 +309,8 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
         slots = min(slots, LLAMA_SLOTS)
     most = MOST_MICRO_TOKENS["device" if work.has_host else "host"]
     # a row of several responses has a mask over all its pairs, as numbers beside as bits
-    learned_token = token * together + min(SHARED_TOKENS, most, work.sequences * work.longest) * (1 + compute)
+    mask = min(SHARED_TOKENS, most, work.sequences * work.longest) * (1 + compute)
+    learned_token = token * together + mask + TRAVELLING * way.on_host * shape.hidden * compute
     fitting = (budget_bytes - fixed - gradients - way.device_bytes) // learned_token
     micro = max(work.longest, min(fitting, most, work.sequences * work.longest))
     if work.eviction:

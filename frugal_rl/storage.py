@@ -38,12 +38,18 @@ the import takes seconds; a test holds the two to the same bits.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .kernels.choice import use_triton
 from .stream import Source
+
+if TYPE_CHECKING:
+    from .kernels.propose import Below
 
 INTEGERS = {2: torch.int16, 4: torch.int32}
 RECIPROCAL = 7.874015748698502e-3  # 1 / 127, as bitsandbytes writes it
@@ -74,6 +80,7 @@ class Overlay:
 
     position_N: Tensor
     bits_N: Tensor
+    _tile_begin_X: Tensor | None = field(default=None, repr=False)  # of these positions (tiled)
 
     @classmethod
     def empty(cls, like: Tensor) -> Overlay:
@@ -112,6 +119,19 @@ class Overlay:
         slot_N = low_R[row_N] + rank_N
         return slot_N, position_N[slot_N] + (row_N - rows[row_N]) * width
 
+    def tiled(self, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Positions, bits, and where a kernel finds those of each tile of a matrix of that shape.
+
+        None if there are none. Found once for all uses of these positions.
+        """
+        from .kernels.dequantise import tile_begins
+
+        if not len(self):
+            return None
+        if self._tile_begin_X is None:
+            self._tile_begin_X = tile_begins(self.position_N, *shape)
+        return self.position_N, self.bits_N, self._tile_begin_X
+
     def lay_on_(self, out: Tensor, dtype: torch.dtype, rows: Rows | None = None) -> Tensor:
         """Write the entries, which are of `dtype`, into those rows of a matrix, or the whole. In place."""
         if not len(self):
@@ -131,6 +151,7 @@ class Overlay:
         position_N = torch.cat([self.position_N, position_M[~found_M]])
         self.position_N, order_N = torch.sort(position_N)
         self.bits_N = torch.cat([self.bits_N, bits_M[~found_M]])[order_N]
+        self._tile_begin_X = None
 
 
 def rounded(before: Tensor, gradient: Tensor, step: Tensor, coarse: Coarse | None) -> Tensor:
@@ -172,6 +193,12 @@ class Plain:
     def at(self, position_N: Tensor) -> Tensor:
         """Entries by flat position."""
         return self.tensor.view(-1)[position_N]
+
+    def under(self) -> Below | None:
+        """All of it as the kernel that proposes reads it; None if it is not on the device."""
+        from .kernels.propose import Below
+
+        return Below(bits_of(self.tensor).view(self.shape), self.dtype)
 
     def coarse(self, rows: Rows) -> Coarse | None:
         """Where among those rows the update rule has a coarser grid than the format's."""
@@ -290,20 +317,40 @@ class Quantised:
 
     def copy_to_(self, out: Tensor) -> Tensor:
         """The whole policy's matrix. In place."""
-        self._dequantise_to_(out, self.code_OI, self.absmax_O)
-        return self.overlay.lay_on_(out, self.dtype)
+        return self._copy_rows_to_(out, slice(0, self.shape[0]))
+
+    def _copy_rows_to_(self, out_RI: Tensor, rows: slice) -> Tensor:
+        """The policy's rows. In place."""
+        if use_triton(self.code_OI.device):
+            from .kernels.dequantise import dequantise_
+
+            assert out_RI.is_contiguous()
+            dequantise_(
+                bits_of(out_RI).view(out_RI.shape),
+                self.code_OI,
+                self.absmax_O,
+                self.overlay.tiled(self.shape),
+                rows.start,
+                RECIPROCAL,
+                self.dtype,
+                out_RI.dtype,
+            )
+            return out_RI
+        self._dequantise_to_(out_RI, self.code_OI[rows], self.absmax_O[rows])
+        whole = rows == slice(0, self.shape[0])
+        return self.overlay.lay_on_(out_RI, self.dtype, None if whole else rows)
 
     def rows(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """As Plain.rows. Syncs with the device."""
+        """As Plain.rows. Syncs with the device, but for a slice where a kernel does it."""
         if isinstance(rows, slice):
-            code_RI, absmax_R, shape = self.code_OI[rows], self.absmax_O[rows], None
-        else:
-            shape, rows = rows.shape, rows.reshape(-1)
-            code_RI, absmax_R = self.code_OI[rows], self.absmax_O[rows]
-        out_RI = torch.empty(code_RI.shape, dtype=dtype, device=code_RI.device)
-        self._dequantise_to_(out_RI, code_RI, absmax_R)
-        self.overlay.lay_on_(out_RI, self.dtype, rows)
-        return out_RI if shape is None else out_RI.view(*shape, -1)
+            rows = slice(*rows.indices(self.shape[0])[:2])
+            shape = rows.stop - rows.start, self.shape[1]
+            out_RI = torch.empty(shape, dtype=dtype, device=self.code_OI.device)
+            return self._copy_rows_to_(out_RI, rows)
+        row_R = rows.reshape(-1)
+        out_RI = torch.empty(len(row_R), self.shape[1], dtype=dtype, device=self.code_OI.device)
+        self._dequantise_to_(out_RI, self.code_OI[row_R], self.absmax_O[row_R])
+        return self.overlay.lay_on_(out_RI, self.dtype, row_R).view(*rows.shape, -1)
 
     def _base_at(self, position_N: Tensor) -> Tensor:
         code_N = self.code_OI.view(-1)[position_N]
@@ -315,6 +362,13 @@ class Quantised:
         slot_N, found_N = self.overlay.find(position_N)
         value_N[found_N] = self.overlay.bits_N[slot_N[found_N]].view(self.dtype)
         return value_N
+
+    def under(self) -> Below | None:
+        """As Plain.under."""
+        from .kernels.propose import Below
+
+        laid = self.overlay.tiled(self.shape)
+        return Below(self.code_OI, self.dtype, self.absmax_O, laid, RECIPROCAL, SMALLEST_ABSMAX)
 
     def _units(self, row_N: Tensor) -> Tensor:
         """u of those rows: 2 ** (floor(log2(s / 4)) - 7)."""
@@ -401,6 +455,12 @@ class Streamed:
         slot_N, found_N = self.overlay.find(position_N)
         value_N[found_N] = self.overlay.bits_N[slot_N[found_N]].view(self.dtype)
         return value_N
+
+    def under(self) -> Below | None:
+        """As Plain.under."""
+        from .kernels.propose import Below
+
+        return None if self.present is None else Below(bits_of(self.present).view(self.shape), self.dtype)
 
     def coarse(self, rows: Rows) -> Coarse | None:
         return None

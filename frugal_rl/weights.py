@@ -34,8 +34,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .errors import InputError
+from .kernels.choice import use_triton
 from .patch import AlreadyApplied, BaseInfo, Patch, TensorPatch, WrongBase
 from .storage import (
     BLOCK,
@@ -58,6 +60,9 @@ from .storage import (
     rounded,
 )
 from .stream import LayerStream, Source
+
+if TYPE_CHECKING:
+    from .kernels.propose import Below
 
 STORAGE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in STORAGE.items()}
@@ -419,6 +424,10 @@ class Transaction:
 
         Every row belongs to one proposal only. Syncs with the device (the count of kept entries).
         """
+        below = self.weights.held[name].under() if use_triton(gradient.device) else None
+        if below is not None:
+            self._propose_in_one_pass(name, gradient, below, first_row, row_R)
+            return
         square = sum_of_squares(gradient)
         self._square = square if self._square is None else self._square + square
         step = self.lr * clip_factor(self._square.sqrt(), self.clip)
@@ -428,6 +437,24 @@ class Transaction:
             first = first_row + start
             rows = slice(first, first + len(part)) if row_R is None else row_R[start : start + most]
             self._propose_rows(name, part, step, rows)
+
+    def _propose_in_one_pass(
+        self, name: str, gradient: Tensor, below: Below, first_row: int, row_R: Tensor | None
+    ) -> None:
+        """As the plain path, but that c is bounded by the norm before this gradient: that keeps no fewer."""
+        from .kernels.propose import propose
+
+        if gradient.ndim == 1:  # a vector is one row, and a part of it rows of one entry
+            whole = row_R is None and len(gradient) == below.weight_OI.numel()
+            gradient = gradient.view(1, -1) if whole else gradient.view(-1, 1)
+            below = replace(below, weight_OI=below.weight_OI.view(-1, gradient.shape[1]))
+        before = self._square
+        if before is None:
+            before = torch.zeros((), dtype=torch.float64, device=gradient.device)
+        step = self.lr * clip_factor(before.sqrt(), self.clip)
+        square, kept = propose(gradient, below, step, first_row, row_R)
+        self._square = before + square
+        self._proposed.setdefault(name, []).append(kept)
 
     def _propose_rows(self, name: str, gradient: Tensor, step: Tensor, rows: Rows) -> None:
         held = self.weights.held[name]

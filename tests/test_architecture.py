@@ -50,7 +50,7 @@ LEVELS = [
     ],
     ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes", "analysis"],
     ["report.update"],
-    ["kernels.choice"],
+    ["kernels.choice", "kernels.dequantise", "kernels.propose"],
     [
         "doctor",
         "stream",
@@ -63,7 +63,7 @@ LEVELS = [
         "gguf.write",
         "gguf.change",
     ],
-    ["decoder"],
+    ["transit", "decoder"],
     [
         "policy",
         "learn",

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
+from frugal_rl import learn
 from frugal_rl.decoder import Decoder
-from frugal_rl.learn import Learner
+from frugal_rl.learn import Learner, _accumulate_in_float32
 from frugal_rl.memory import live_states
 from frugal_rl.rollout import MicroBatch, Rollout, micro_batches
 from frugal_rl.weights import Weights
@@ -56,6 +58,35 @@ def relative_errors(model: Any, decoder: Any, before: dict[str, Tensor]) -> tupl
         weight = max(weight, float(error / expected.norm()))
         update = max(update, float(error / (expected - before[name]).norm()))
     return weight, update
+
+
+def test_below_float32_a_sum_over_micro_batches_rounds_no_product() -> None:
+    """Against float64 products of the very slopes and states; the hidden state's gradient is autograd's."""
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.SiLU(), torch.nn.Linear(40, 8, bias=False))
+    layer = layer.bfloat16()
+    first, last = layer[0], layer[2]
+    micro = [(torch.randn(3, 50, 24).bfloat16(), torch.randn(3, 50, 8).bfloat16()) for _ in range(6)]
+    weight, bias = torch.zeros(40, 24).double(), torch.zeros(40).double()
+    with _accumulate_in_float32([layer]) as total:
+        for hidden, slope in micro:
+            hidden.requires_grad_()
+            middle = first(hidden)
+            middle.retain_grad()
+            last(layer[1](middle)).backward(slope)
+            weight += middle.grad.flatten(0, 1).double().T @ hidden.detach().flatten(0, 1).double()
+            bias += middle.grad.flatten(0, 1).double().sum(0)
+        assert set(total) == {first.weight, first.bias, last.weight}
+        assert all(sums.dtype == torch.float32 for sums in total.values())
+        # 1.7e-3 where each micro-batch's product is rounded to bf16
+        assert float((total[first.weight] - weight).norm() / weight.norm()) < 1e-6
+        assert float((total[first.bias] - bias).norm() / bias.norm()) < 1e-6
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    hidden, slope = micro[-1]
+    twin = hidden.detach().clone().requires_grad_()
+    layer(twin).backward(slope)  # the modules' own forward again
+    assert "forward" not in vars(first)
+    assert torch.equal(twin.grad, hidden.grad)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -196,6 +227,40 @@ def test_keeping_states_on_the_host_of_a_gpu_changes_nothing(every: int) -> None
         decoder = Decoder(model.config, Weights(tensors))
         learner = Learner(decoder, 0.1, 1.0, 1.0, 100, boundary_every=every, boundary_on_host=on_host)
         learner.step(make_rollouts(40), policy_gradient(torch.linspace(-1, 1, 40, device="cuda")))
+        results.append(decoder.weights.tensors)
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def test_attention_gets_no_mask_so_that_it_may_be_a_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right-padded, a response each: causal attention is all they need. A mask would rule flash out."""
+    functional = torch.nn.functional
+    attend, seen = functional.scaled_dot_product_attention, []
+
+    def note(*tensors: Tensor, **options: Any) -> Tensor:
+        seen.append(options)
+        return attend(*tensors, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", note)
+    _, decoder = make_decoder("qwen2")
+    Learner(decoder, 0.1, 1.0, 1.0, 60).step(make_rollouts(9), policy_gradient(torch.ones(9)))
+    assert seen and all(o["is_causal"] and o.get("attn_mask") is None for o in seen)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_attention_is_a_flash_kernel_and_two_steps_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(learn, "BACKENDS", [SDPBackend.FLASH_ATTENTION])
+    results = []
+    for _ in range(2):
+        model, _ = make_decoder("qwen2", dtype=torch.bfloat16, layers=4)
+        tensors = {k: v.cuda() for k, v in weights_of(model).tensors.items()}
+        decoder = Decoder(model.config, Weights(tensors))
+        step = Learner(decoder, 0.1, 1.0, 1.0, 100).step(
+            make_rollouts(40), policy_gradient(torch.linspace(-1, 1, 40, device="cuda"))
+        )
+        assert step.commit.entries
         results.append(decoder.weights.tensors)
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 

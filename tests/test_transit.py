@@ -1,0 +1,109 @@
+"""States on their way to and from the host: the order of copies, against a device that only takes notes."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugal_rl.transit import LEAVING, Transit
+
+CPU = torch.device("cpu")
+
+
+class Device:
+    """Stands for torch.cuda: runs copies at once, and notes who waited for which event."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[str, int]] = []
+        self.recorded = 0
+        self.compute = _Stream(self, "compute")
+
+    def Stream(self, device: torch.device) -> Any:
+        return _Stream(self, "side")
+
+    def Event(self) -> Any:
+        return _Event(self)
+
+    def current_stream(self, device: torch.device) -> Any:
+        return self.compute
+
+    @contextmanager
+    def stream(self, stream: Any) -> Any:
+        yield
+
+    def waited(self) -> list[int]:
+        """Copies that the computing stream has waited for, by number."""
+        return [number for name, number in self.notes if name == "compute waits"]
+
+
+class _Stream:
+    def __init__(self, device: Device, name: str) -> None:
+        self.device, self.name = device, name
+
+    def wait_event(self, event: Any) -> None:
+        self.device.notes.append((f"{self.name} waits", event.number))
+
+    def wait_stream(self, stream: Any) -> None:
+        self.device.notes.append((f"{self.name} waits for {stream.name}", self.device.recorded))
+
+
+class _Event:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def record(self, stream: Any) -> None:
+        self.number = self.device.recorded
+        self.device.recorded += 1
+        self.device.notes.append(("copied", self.number))
+
+
+def make_transit(monkeypatch: Any) -> tuple[Transit, Device]:
+    transit, device = Transit(CPU, True), Device()
+    transit.cuda = device
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    return transit, device
+
+
+def states(count: int) -> list[Tensor]:
+    return [torch.full((2, 3), float(i)) for i in range(count)]
+
+
+def test_the_next_state_is_on_its_way_before_the_present_one_is_computed_with(monkeypatch) -> None:
+    transit, device = make_transit(monkeypatch)
+    for index, here in enumerate(transit.arriving(states(4))):
+        assert torch.equal(here, states(4)[index])
+        assert device.recorded == min(index + 2, 4)  # copies asked for
+        assert device.waited() == list(range(index + 1))  # in order, each before it is used
+    # every copy waited for what had been asked of the computing stream before it
+    assert sum(name == "side waits for compute" for name, _ in device.notes) == 4
+
+
+def test_a_state_that_leaves_is_held_until_its_copy_was_waited_for(monkeypatch) -> None:
+    transit, device = make_transit(monkeypatch)
+    with transit:
+        for index, state in enumerate(states(5)):
+            assert torch.equal(transit.away(state), state)
+            assert len(transit._leaving) == min(index + 1, LEAVING)
+            assert device.waited() == list(range(index + 1 - len(transit._leaving)))
+    assert not transit._leaving
+    assert device.waited() == list(range(5))
+
+
+def test_a_loop_that_is_left_waits_for_the_copy_that_nobody_wants(monkeypatch) -> None:
+    transit, device = make_transit(monkeypatch)
+    arriving = transit.arriving(states(3))
+    next(arriving)
+    assert device.waited() == [0]
+    arriving.close()
+    assert device.waited() == [0, 1]
+
+
+def test_on_the_device_itself_nothing_is_copied() -> None:
+    kept = states(3)
+    transit = Transit(CPU, False)
+    assert [transit.away(state) for state in kept] == kept
+    assert all(here is state for here, state in zip(transit.arriving(kept), kept, strict=True))
