@@ -39,12 +39,12 @@ def compare(
     ARMS: sgd, sgd-int8, sgd-host, sgd-momentum[:M], adamw, adamw8bit, lora[:RANK], lora-int8[:RANK]; the
     first is what the others are compared with. Each arm gets the same number of runs: its grid of learning
     rates on one seed, then the best on the other seeds. Run the command again to go on after Ctrl-C.
-    Writes compare.json, compare.md and compare.html.
+    Writes compare.json, compare.md, compare.html and compare.svg.
     """
     from . import compare as comparing
     from .compare_table import markdown, text
     from .patch import write_atomically
-    from .report.comparison import as_page
+    from .report.comparison import as_drawing, as_page
 
     folder = output or Path("runs") / f"compare-{Path(recipe).stem}"
     named = [part for part in arms.split(",") if part.strip()]
@@ -66,7 +66,8 @@ def compare(
     command = _command(recipe, arms, seeds, grids, overrides, output)
     write_atomically(folder / "compare.md", markdown(found, command).encode())
     write_atomically(folder / "compare.html", as_page(found, shlex.join(command)).encode())
-    say(", ".join(str(folder / f"compare.{kind}") for kind in ("json", "md", "html")))
+    write_atomically(folder / "compare.svg", as_drawing(found).encode())
+    say(", ".join(str(folder / f"compare.{kind}") for kind in ("json", "md", "html", "svg")))
     print_result(found, as_json, lambda: text(found))
     if interrupted:
         say("stopped; the same command goes on")

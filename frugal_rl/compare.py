@@ -10,7 +10,7 @@ and is begun anew elsewhere. A run that fails is named, and the others go on. Th
 as a run is at work in it, also one that a killed comparison left behind.
 
     OUT/ARM/lr-LR-seed-N/       a run folder each, and beside it what it printed
-    OUT/compare.json, compare.md, compare.html
+    OUT/compare.json, compare.md, compare.html, compare.svg
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .paired import accuracy, difference
 
 FIXED = ("learner.kind", "learner.lr", "learner.rank", "learner.momentum", "model.weights", "train.seed")
 EVALUATIONS = 6  # of a run, where the recipe does not say how often
+PHASES = ("generate", "verify", "learn")
 REACHED = 0.95  # of the best arm's accuracy: what "steps to" counts up to
 
 Say = Callable[[str], None]
@@ -326,13 +327,11 @@ def _arm(study: Study, arm: Arm, failed: Mapping[str, str]) -> dict[str, Any]:
     seen = [_run(run) for run in runs if run.finished]
     summaries = [run["summary"] for run in seen]
     parts = {key: [s[key] for s in summaries] for key in _SUMMED if key in summaries[0]}
-    steps = [row for run in seen for row in run.pop("steps")]
+    steps = [row for run in seen for row in run["steps"]]
     trained = np.array([run["correct"] for run in seen])
     applied = np.array([run["correct_applied"] for run in seen])
     rates = study.grids[arm.name]
-    for one in seen:
-        del one["summary"]
-    return {
+    found = {
         "kind": arm.kind,
         "weights": arm.weights,
         "lr": best,
@@ -347,14 +346,31 @@ def _arm(study: Study, arm: Arm, failed: Mapping[str, str]) -> dict[str, Any]:
         "mean_reward": sum(row["reward"] for row in steps) / len(steps),
         "gradient_bytes": summaries[0]["plan"]["learning"].get("gradients", 0),
         "plan": {key: summaries[0]["plan"][key] for key in ("generating", "learning")},
+        "phase_peak_bytes": {phase: _phase_peak(seen, phase) for phase in PHASES},
         "tokens_per_s": sum(r["generated_tokens"] for r in steps)
         / sum(r["phase_seconds"]["generate"] for r in steps),
         "step_seconds": {
-            phase: sum(r["phase_seconds"][phase] for r in steps) / len(steps)
-            for phase in ("generate", "verify", "learn")
+            phase: sum(r["phase_seconds"][phase] for r in steps) / len(steps) for phase in PHASES
         },
         "runs": seen,
     }
+    for one in seen:
+        del one["summary"], one["steps"]
+    return found
+
+
+def _phase_peak(runs: Sequence[Mapping[str, Any]], phase: str) -> float | None:
+    """Above what the process held before its weights: of all steps the most, mean over the runs.
+
+    None where it is unknown of a step.
+    """
+    most = []
+    for run in runs:
+        peaks = [row["phase_peak_bytes"][phase] for row in run["steps"]]
+        if None in peaks:
+            return None
+        most.append(max(peaks) - run["summary"]["held_memory_bytes"])
+    return sum(most) / len(most)
 
 
 _SUMMED = (
@@ -367,6 +383,7 @@ _SUMMED = (
     "train_seconds",
     "weights_bytes",
     "optimizer_bytes",
+    "held_memory_bytes",
     "peak_memory_bytes",
 )
 

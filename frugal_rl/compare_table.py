@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .compare import PHASES
 from .console import size
 
 Row = tuple[str, list[str]]
@@ -37,15 +38,18 @@ def rows(results: Results) -> tuple[list[str], list[Row]]:
     )
     row("changed entries, any bit", lambda v: f"{v['changed_any'] / v['parameters']:.2%}")
     row("changed entries, by more than 1e-5", lambda v: f"{v['changed_1e5'] / v['parameters']:.2%}")
-    row("patch, bytes", lambda v: f"{v['patch_bytes']:,.0f}")
+    row("patch (lora: the merged delta), bytes", lambda v: f"{v['patch_bytes']:,.0f}")
     row("adapter, bytes", lambda v: f"{v['adapter_bytes']:,.0f}" if "adapter_bytes" in v else "-")
-    row("peak memory, its libraries included", lambda v: _bytes(v["peak_memory_bytes"]))
+    row("peak memory of the process", lambda v: _bytes(v["peak_memory_bytes"]))
+    row("  libraries, before the weights", lambda v: _bytes(v["held_memory_bytes"]))
+    for phase in PHASES:
+        row(f"  peak above them: {phase}", lambda v, phase=phase: _peak(v["phase_peak_bytes"][phase]))  # type: ignore[misc]
     row("  weights and patch in memory", lambda v: _bytes(v["weights_bytes"]))
     row("  masters, states or adapters", lambda v: _bytes(v["optimizer_bytes"]))
     row("  gradient of the whole model", lambda v: _bytes(v["gradient_bytes"]))
     row("  KV pool, planned", lambda v: size(v["plan"]["generating"]["KV pool"]))
     row("  activations and boundaries, planned", lambda v: size(_activations(v["plan"]["learning"])))
-    for phase in ("generate", "verify", "learn"):
+    for phase in PHASES:
         row(f"seconds a step: {phase}", lambda v, phase=phase: f"{v['step_seconds'][phase]:.2f}")  # type: ignore[misc]
     row("tokens sampled a second", lambda v: f"{v['tokens_per_s']:,.0f}")
     row("seconds of a run's training", lambda v: f"{v['train_seconds']:.0f}")
@@ -98,6 +102,10 @@ def _applied(value: Mapping[str, Any]) -> str:
 
 def _bytes(count: float) -> str:
     return size(round(count)) if count else "0"
+
+
+def _peak(count: float | None) -> str:
+    return "unknown" if count is None else _bytes(count)
 
 
 def _activations(learning: Mapping[str, int]) -> int:

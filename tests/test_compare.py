@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
@@ -20,7 +22,7 @@ from frugal_rl.cli import cli
 from frugal_rl.compare import Run, Study, best_rate, make_study, results, run_all
 from frugal_rl.compare_table import markdown, text
 from frugal_rl.errors import FrugalError, InputError
-from frugal_rl.report.comparison import as_page
+from frugal_rl.report.comparison import as_drawing, as_page
 
 SMALL = ["rollout.prompts=4", "rollout.samples=4", "data.heldout=8", "train.steps=2", "rollout.max_tokens=24"]
 STEPS, PROBLEMS = 6, 40
@@ -41,8 +43,10 @@ def pretend(run: Run, accuracy: float, reward: float = 0.5, **more: Any) -> None
     correct += "0" * (PROBLEMS - len(correct))
     score = {"value": accuracy, "low": 0.0, "high": 1.0, "problems": PROBLEMS}
     phases = {"generate": 1.0, "verify": 0.25, "learn": 2.0}
+    peaks = {"generate": 5 << 20, "verify": 4 << 20, "learn": (6 << 20) + run.seed}
     row = {"reward": reward, "seconds": 4.0, "phase_seconds": phases, "generated_tokens": 100}
-    (run.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n" + (json.dumps(row) + "\n") * (STEPS - 1))
+    rows = [row | {"phase_peak_bytes": peaks}] + [row | {"phase_peak_bytes": dict.fromkeys(peaks, 0)}] * 5
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:STEPS]))
     validations = [{"step": 0, "accuracy": {"value": 0.0}, "correct": "0" * PROBLEMS}]
     validations += [{"step": STEPS // 2, "accuracy": {"value": accuracy}, "correct": correct}]
     validations += [{"step": STEPS, "accuracy": score, "correct": correct}]
@@ -57,6 +61,7 @@ def pretend(run: Run, accuracy: float, reward: float = 0.5, **more: Any) -> None
         "train_seconds": 24.0,
         "weights_bytes": 2000,
         "optimizer_bytes": 0,
+        "held_memory_bytes": 1 << 20,
         "peak_memory_bytes": 10**6,
         "plan": {"generating": {"KV pool": 7}, "learning": learning},
         **more,
@@ -246,9 +251,12 @@ def test_the_table_says_what_differs_by_more_than_noise(tmp_path: Path) -> None:
     assert arms["sgd"]["reached"]["steps"] is None
     assert arms["sgd"]["tokens_per_s"] == 100.0
     assert arms["sgd"]["step_seconds"] == {"generate": 1.0, "verify": 0.25, "learn": 2.0}
+    # the most of all steps, above what was held before, mean over the seeds
+    assert arms["sgd"]["phase_peak_bytes"] == {"generate": 4 << 20, "verify": 3 << 20, "learn": (5 << 20) + 1}
     shown = text(found)
     for part in ("within noise", "+40.0 (", "10.00%", "5.00%", "0 of 3 seeds", "0, exact", "1.2%", "3.1e-05"):
         assert part in shown, part
+    assert re.search(r"peak above them: learn +5\.0 MiB +5\.0 MiB +5\.0 MiB", shown)
     lines = markdown(found, ["frugal-rl", "compare", "tiny"]).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert {
@@ -258,6 +266,18 @@ def test_the_table_says_what_differs_by_more_than_noise(tmp_path: Path) -> None:
     commands = [line for line in lines if line.startswith("frugal-rl train")]
     assert len(commands) == 9
     assert all("learner.lr=" in line and "train.seed=" in line for line in commands)
+
+
+def test_a_peak_that_was_not_measured_is_unknown_and_not_0(tmp_path: Path) -> None:
+    study = study_of(tmp_path, seeds=1)
+    finish_all(study, {"sgd": 0.5, "adamw": 0.5, "lora": 0.5})
+    for run in (study.run(arm, study.grids[arm.name][1], 0) for arm in study.arms):
+        metrics = run.folder / "metrics.jsonl"
+        metrics.write_text(metrics.read_text().replace('"learn": 0', '"learn": null'))
+    found = results(study, {})
+    assert all(value["phase_peak_bytes"]["learn"] is None for value in found["arms"].values())
+    assert re.search(r"peak above them: learn +unknown +unknown +unknown", text(found))
+    assert as_page(found, "frugal-rl compare tiny").count("unknown") >= 3
 
 
 def test_a_best_rate_at_the_edge_of_its_grid_is_said(tmp_path: Path) -> None:
@@ -281,11 +301,32 @@ def test_the_page_has_every_arm_and_nothing_from_outside(tmp_path: Path) -> None
     shown = as_page(found, "frugal-rl compare tiny")
     for arm in study.arms:
         assert f"{arm.name}: held-out accuracy" in shown
-    for part in ("within noise", "+40.0 (", "held-out accuracy by seconds", "adapter", "&lt;i&gt;why"):
+    for part in (
+        "within noise",
+        "+40.0 (",
+        "held-out accuracy by seconds",
+        "Peak memory by phase",
+        "Changed entries",
+        "adapter",
+        "&lt;i&gt;why",
+    ):
         assert part in shown, part
     for part in ("http", "<script", "<i>why", "<link"):
         assert part not in shown, part
     assert as_page(results(study_of(tmp_path / "empty"), {}), "frugal-rl compare").count("not finished")
+
+
+def test_the_drawing_is_a_file_that_shows_every_arm(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    finish_all(study, {"sgd": 0.5, "adamw": 0.5, "lora": 0.9})
+    drawn = ElementTree.fromstring(as_drawing(results(study, {})))
+    words = [element.text for element in drawn.iter() if element.tag.endswith("}text")]
+    for arm in study.arms:
+        assert words.count(arm.name) >= 4  # in the legend of the curves, and beside the bars of the others
+    assert float(drawn.attrib["height"]) > 500
+    empty = as_drawing(results(study_of(tmp_path / "empty"), {}))
+    assert empty.count("nothing to show yet") >= 4
+    assert "script" not in empty and "href" not in empty
 
 
 # --- as a person does
@@ -309,7 +350,8 @@ def test_real_runs_end_in_a_table_and_are_not_run_again(tmp_path: Path) -> None:
     assert lora["adapter_bytes"] > 0 and 0 < lora["merge_lost"] < 1
     assert found["arms"]["sgd-int8"]["export_lost"] >= 0
     assert [run["curve"][-1]["step"] for run in lora["runs"]] == [1]
-    assert (tmp_path / "out" / "compare.html").exists()
+    assert all(found["arms"][name]["phase_peak_bytes"]["learn"] > 0 for name in found["arms"])
+    assert (tmp_path / "out" / "compare.html").exists() and (tmp_path / "out" / "compare.svg").exists()
     assert (tmp_path / "out" / "compare.md").read_text().startswith("# Comparison: sgd-int8, lora:1")
     again = CliRunner().invoke(cli, arguments)
     assert again.stderr.count("finished before") == 2

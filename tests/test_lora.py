@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from frugal_rl import checkpoint
 from frugal_rl import train as loop
 from frugal_rl.baselines import optimizer
+from frugal_rl.cli import cli
 from frugal_rl.config import load_recipe
 from frugal_rl.decoder import Decoder
 from frugal_rl.generate.engine import Engine
@@ -142,9 +144,22 @@ def test_the_patch_is_pefts_merge_bit_for_bit(tmp_path: Path, tiny_folder: Path)
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
         tmp_path / "adapter",
     )
-    theirs = model.merge_and_unload().state_dict()
+    merged = model.merge_and_unload()
+    theirs = merged.state_dict()
     differ = sum(int((bits_of(ours[k]) != bits_of(theirs[k])).sum()) for k in ours)
     assert differ <= 1e-4 * patch.entries  # the order of a sum of four products decides a tie
+
+    # and any merged LoRA is a patch: `frugal-rl patch diff BASE MERGED`
+    merged.save_pretrained(tmp_path / "merged")
+    arguments = ["patch", "diff", str(folder), str(tmp_path / "merged"), "-o", str(tmp_path / "diff")]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    found = Patch.load(tmp_path / "diff")
+    assert abs(found.entries - patch.entries) <= differ
+    assert found.tensors.keys() == patch.tensors.keys()
+    checkpoint.apply(folder, tmp_path / "diff", tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(bits_of(again[key]), bits_of(theirs[key])) for key in again)
 
 
 def test_the_engine_samples_the_adapted_policy(trained: tuple[Path, Learner, Adapters]) -> None:
@@ -236,9 +251,6 @@ def test_a_runs_merged_patch_is_for_the_checkpoint_and_scores_what_the_summary_s
 
 
 def test_a_step_of_adapters_is_not_to_be_had_as_a_patch(tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    from frugal_rl.cli import cli
     from frugal_rl.errors import InputError
 
     recipe = load_recipe("tiny", ["learner.kind=lora"])

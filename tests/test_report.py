@@ -45,6 +45,42 @@ def test_numbers_are_brief(value: float, shown: str) -> None:
     assert plots.mebibytes(300 * 2**20) == "300 MiB"
 
 
+def test_a_drawing_has_its_plots_beside_and_below_each_other_and_none_overlap() -> None:
+    plot = plots.lines([plots.Series("a", [(0, 0.0), (9, 1.0)])], label="x", x_title="step")
+    tall = plots.bars([(f"r{n}", [1.0]) for n in range(20)], ["a"], label="x", x_title="bytes")
+    keys = [page.Key(f"a long name <{n}>", n) for n in range(6)]
+    made = page.drawing([page.Panel(f"p{n}", p, keys) for n, p in enumerate((plot, tall, plot))])
+    drawn, space = ElementTree.fromstring(made), "{http://www.w3.org/2000/svg}"
+    boxes = []
+    for panel in drawn.findall(f"{space}g"):
+        x, y = map(float, re.findall(r"[0-9.]+", panel.attrib["transform"]))
+        inner = panel.find(f"{space}svg")
+        assert inner is not None
+        low = y + float(inner.attrib["y"])
+        assert [e.text for e in panel.iter(f"{space}text")].count("a long name <5>") == 1
+        boxes.append((x, y, x + float(inner.attrib["width"]), low + float(inner.attrib["height"])))
+        legend = [float(e.attrib["y"]) for e in panel.findall(f"{space}g/{space}rect")]
+        assert 26 + max(legend) + 10 < float(inner.attrib["y"])  # above its plot
+    assert boxes[0][1] == boxes[1][1] and boxes[0][2] <= boxes[1][0]
+    assert boxes[2][0] == boxes[0][0] and boxes[2][1] >= max(boxes[0][3], boxes[1][3])
+    assert float(drawn.attrib["height"]) >= boxes[2][3] and float(drawn.attrib["width"]) >= boxes[1][2]
+    for colours in (page.LIGHT, page.DARK):
+        assert colours[0] in made
+
+
+def test_ticks_of_both_axes_are_written_as_asked_for() -> None:
+    svg = plots.lines(
+        [plots.Series("a", [(6, 1.0), (9, 2.0)])],
+        label="x",
+        x_title="parameters",
+        x_format=lambda x: plots.brief(10**x),
+        y_format=lambda y: f"{y:g} points",
+    )
+    words = [e.text for e in ElementTree.fromstring(svg).iter("text")]
+    assert {"1M", "10M", "100M", "1G", "1 points", "2 points"} <= set(words)
+    assert "a: 2 points at 1G" in svg
+
+
 def test_a_lines_points_stand_where_the_axes_say() -> None:
     svg = plots.lines(
         [plots.Series("a", [(0, 0.0), (5, 1.0), (10, 0.5)])], label="x", x_title="step", y_low=0

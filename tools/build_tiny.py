@@ -118,15 +118,15 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def new_model() -> Qwen2ForCausalLM:
-    """0.8 M parameters, randomly initialised."""
+def new_model(hidden: int = 128) -> Qwen2ForCausalLM:
+    """Randomly initialised, 0.8 M parameters; another width, a multiple of 64, has more heads of one size."""
     config = Qwen2Config(
         vocab_size=258,
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
         max_position_embeddings=CONTEXT_TOKENS,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -178,19 +178,21 @@ def train(
     tokenizer: Any,
     batches: Iterator[list[tuple[str, str]]],
     steps: int,
+    *,
     seen: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    peak_lr: float = PEAK_LR,
 ) -> None:
     """One AdamW run on so many batches of prompts and answers, with one cosine schedule; in place.
 
     `seen`: from the labels [B, T] which tokens each may attend to, bool [B, 1, T, T]; None: all before it.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.01)
     start_s = time.monotonic()
     model.train()
     for step, pairs in enumerate(itertools.islice(batches, steps)):
         cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_LR * min(1, (step + 1) / WARMUP_STEPS) * cosine
+            group["lr"] = peak_lr * min(1, (step + 1) / WARMUP_STEPS) * cosine
         ids_BT, labels_BT = supervised_batch(tokenizer, pairs)
         mask = seen(labels_BT) if seen else None
         loss = model(input_ids=ids_BT, attention_mask=mask, labels=labels_BT, use_cache=False).loss

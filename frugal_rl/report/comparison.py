@@ -5,14 +5,18 @@ Reads compare.results alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..compare import PHASES
 from ..compare_table import commands, grid_table, notes, points, rows
-from .page import Key, Section, code, figure, grid, note, page, table, tiles
+from .page import Key, Panel, Section, code, drawing, figure, grid, note, page, table, tiles
 from .plots import Series, bars, byte_ticks, lines, mebibytes, percent
 
 Results = Mapping[str, Any]
+HELD = ("weights", "masters, states or adapters", "gradient of the whole model")
+FILES = ("patch", "adapter")
+RULES = ("any bit", "by more than 1e-5")
 
 
 def as_page(results: Results, command: str) -> str:
@@ -24,7 +28,8 @@ def as_page(results: Results, command: str) -> str:
     if arms:
         sections = [
             Section("Curves", grid(_curves(arms))),
-            Section("Cost", grid([_bytes_figure(arms), _files_figure(arms), _rates_figure(arms)])),
+            Section("Cost", grid([_peaks_figure(arms), _bytes_figure(arms), _files_figure(arms)])),
+            Section("Update", grid([_changed_figure(arms), _rates_figure(arms)])),
             Section("Table", table(["", *names], [[title, *cells] for title, cells in body])),
         ]
     sections += [
@@ -34,6 +39,25 @@ def as_page(results: Results, command: str) -> str:
     ]
     title = f"Comparison: {', '.join(results['arms'])}"
     return page(title, f"recipe {results['recipe']}, seeds {_words(results['seeds'])}", head, sections)
+
+
+def as_drawing(results: Results) -> str:
+    """An SVG file: how the arms learn, what they change, hold and leave."""
+    names, _ = rows(results)
+    arms = {name: results["arms"][name] for name in names}
+    accuracy = [_mean(name, arm, "step") for name, arm in arms.items()]
+    return drawing(
+        [
+            Panel(
+                "Held-out accuracy by step",
+                _shares(accuracy, "held-out accuracy by step", "step"),
+                _keys(names),
+            ),
+            Panel("Changed entries", _changed_bars(arms), _keys(RULES)),
+            Panel("Held for the weights while learning", _bytes_bars(arms), _keys(HELD)),
+            Panel("What a run leaves", _files_bars(arms), _keys(FILES)),
+        ]
+    )
 
 
 def _tile(name: str, arm: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -47,26 +71,22 @@ def _words(values: Sequence[object]) -> str:
 
 
 def _curves(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    keys = [Key(name, place) for place, name in enumerate(arms)]
+    keys = _keys(arms)
     accuracy = [_mean(name, arm, "step") for name, arm in arms.items()]
     by_time = [_mean(name, arm, "seconds") for name, arm in arms.items()]
     reward = [_rewards(name, arm) for name, arm in arms.items()]
-
-    def plot(series: Sequence[Series], label: str, x_title: str) -> str:
-        return lines(series, label=label, x_title=x_title, y_format=percent, y_low=0.0, y_high=1.0)
-
     band = "Mean over the seeds; the band goes from the lowest to the highest."
     return [
         figure(
             "Held-out accuracy against steps",
-            plot(accuracy, "held-out accuracy by step", "step"),
+            _shares(accuracy, "held-out accuracy by step", "step"),
             keys=keys,
             note=band,
             numbers=_numbers(accuracy, "step"),
         ),
         figure(
             "Held-out accuracy against seconds of training",
-            plot(by_time, "held-out accuracy by seconds", "seconds"),
+            _shares(by_time, "held-out accuracy by seconds", "seconds"),
             keys=keys,
             note=f"{band} Seconds are the seeds' mean at that step, evaluations left out.",
             numbers=_numbers(by_time, "second"),
@@ -78,6 +98,14 @@ def _curves(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
             note=band,
         ),
     ]
+
+
+def _shares(series: Sequence[Series], label: str, x_title: str) -> str:
+    return lines(series, label=label, x_title=x_title, y_format=percent, y_low=0.0, y_high=1.0)
+
+
+def _keys(names: Iterable[str]) -> list[Key]:
+    return [Key(name, place) for place, name in enumerate(names)]
 
 
 def _mean(name: str, arm: Mapping[str, Any], axis: str) -> Series:
@@ -112,46 +140,104 @@ def _numbers(series: Sequence[Series], x_name: str) -> str:
     return table(["arm", x_name, "mean", "lowest seed", "highest seed"], cells)
 
 
-def _bytes_figure(arms: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the learner holds for an entry to be trained."""
-    names = ["weights", "masters, states or adapters", "gradient of the whole model"]
-    parts = [
+def _peaks_figure(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """Measured, phase by phase."""
+    parts = [(name, [arm["phase_peak_bytes"][phase] for phase in PHASES]) for name, arm in arms.items()]
+    return figure(
+        "Peak memory by phase",
+        bars(
+            parts,
+            PHASES,
+            label="peak memory of each phase",
+            x_title="bytes above the libraries'",
+            x_format=mebibytes,
+            make_ticks=byte_ticks,
+        ),
+        keys=_keys(PHASES),
+        note="Of all steps the most, mean over the seeds. On a CPU it is resident memory, what was freed but "
+        "kept included; the parts are in the table.",
+        numbers=table(
+            ["arm", *PHASES],
+            [[name, *("unknown" if x is None else mebibytes(x) for x in sizes)] for name, sizes in parts],
+        ),
+    )
+
+
+def _held(arms: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[float]]]:
+    return [
         (name, [arm["weights_bytes"], arm["optimizer_bytes"], arm["gradient_bytes"]])
         for name, arm in arms.items()
     ]
+
+
+def _bytes_bars(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    return bars(
+        _held(arms),
+        HELD,
+        label="bytes held for the weights while learning",
+        x_title="bytes",
+        x_format=mebibytes,
+        stacked=True,
+        make_ticks=byte_ticks,
+    )
+
+
+def _bytes_figure(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the learner holds for an entry to be trained."""
     return figure(
         "Held for the weights while learning",
-        bars(
-            parts,
-            names,
-            label="bytes held for the weights while learning",
-            x_title="bytes",
-            x_format=mebibytes,
-            stacked=True,
-            make_ticks=byte_ticks,
-        ),
-        keys=[Key(name, place) for place, name in enumerate(names)],
+        _bytes_bars(arms),
+        keys=_keys(HELD),
         note="Activations, boundary states and the KV pool come on top, the same for all arms.",
-        numbers=table(["arm", *names], [[name, *map(mebibytes, sizes)] for name, sizes in parts]),
+        numbers=table(["arm", *HELD], [[name, *map(mebibytes, sizes)] for name, sizes in _held(arms)]),
+    )
+
+
+def _files_bars(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    return bars(
+        [(name, [arm["patch_bytes"], arm.get("adapter_bytes")]) for name, arm in arms.items()],
+        FILES,
+        label="bytes of the files",
+        x_title="bytes",
+        x_format=mebibytes,
+        make_ticks=byte_ticks,
     )
 
 
 def _files_figure(arms: Mapping[str, Mapping[str, Any]]) -> str:
     """What a run leaves."""
-    names = ["patch", "adapter"]
-    sizes = [(name, [arm["patch_bytes"], arm.get("adapter_bytes")]) for name, arm in arms.items()]
     return figure(
         "What a run leaves",
-        bars(
-            sizes,
-            names,
-            label="bytes of the files",
-            x_title="bytes",
-            x_format=mebibytes,
-            make_ticks=byte_ticks,
-        ),
-        keys=[Key(name, place) for place, name in enumerate(names)],
+        _files_bars(arms),
+        keys=_keys(FILES),
         note="A patch is exact for what was trained; an adapter's patch merges it, and rounds.",
+    )
+
+
+def _changed(arms: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[float]]]:
+    return [
+        (name, [arm["changed_any"] / arm["parameters"], arm["changed_1e5"] / arm["parameters"]])
+        for name, arm in arms.items()
+    ]
+
+
+def _changed_bars(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    return bars(
+        _changed(arms),
+        RULES,
+        label="changed entries by rule",
+        x_title="share of all entries",
+        x_format=percent,
+    )
+
+
+def _changed_figure(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    return figure(
+        "Changed entries",
+        _changed_bars(arms),
+        keys=_keys(RULES),
+        note="Of the checkpoint, after the last step; an adapter's once it is merged.",
+        numbers=table(["arm", *RULES], [[name, *map(percent, both)] for name, both in _changed(arms)]),
     )
 
 
@@ -168,6 +254,6 @@ def _rates_figure(arms: Mapping[str, Mapping[str, Any]]) -> str:
     return figure(
         "Training reward by learning rate",
         lines(series, label="reward by learning rate", x_title="place in the arm's grid, lowest rate first"),
-        keys=[Key(name, place) for place, name in enumerate(arms)],
+        keys=_keys(arms),
         note="On the first seed; what the rate was chosen by.",
     )

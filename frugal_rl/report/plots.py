@@ -125,7 +125,14 @@ class _Frame:
         inner = self.height - TOP - BOTTOM
         return TOP + inner * (1 - (min(max(value, low), high) - low) / (high - low))
 
-    def axes(self, x_title: str, y_title: str, y_format: Format, x_ticks: Sequence[float]) -> list[str]:
+    def axes(
+        self,
+        x_title: str,
+        y_title: str,
+        y_format: Format,
+        x_ticks: Sequence[float],
+        x_format: Format = brief,
+    ) -> list[str]:
         out = []
         for tick in self.y_ticks:
             y = self.y(tick)
@@ -137,7 +144,7 @@ class _Frame:
         out.append(f'<line class="axis" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{base}" y2="{base}"/>')
         for tick in x_ticks:
             if self.x_low <= tick <= self.x_high:
-                out.append(_text(self.x(tick), base + 14, brief(tick)))
+                out.append(_text(self.x(tick), base + 14, x_format(tick)))
         middle = LEFT + (self.width - LEFT - RIGHT) / 2
         out.append(_text(middle, self.height - 6, x_title, kind="name"))
         if y_title:
@@ -185,6 +192,7 @@ def lines(
     label: str,
     x_title: str,
     y_title: str = "",
+    x_format: Format = brief,
     y_format: Format = brief,
     y_low: float | None = None,
     y_high: float | None = None,
@@ -201,14 +209,14 @@ def lines(
     low, high = min(ys) if y_low is None else y_low, max(ys) if y_high is None else y_high
     frame = _Frame(width, HEIGHT, min(xs), max(xs), make_ticks(low, high, 5))
     wanted = 6 if width == SMALL else 11
-    parts = frame.axes(x_title, y_title, y_format, _whole_ticks(min(xs), max(xs), wanted))
+    parts = frame.axes(x_title, y_title, y_format, _whole_ticks(min(xs), max(xs), wanted), x_format)
     for place, one in enumerate(series):
-        parts += _line(frame, one, place if one.colour is None else one.colour, y_format)
+        parts += _line(frame, one, place if one.colour is None else one.colour, x_format, y_format)
     parts += [_level(frame, level, y_format) for level in levels]
     return _svg(width, HEIGHT, label, parts)
 
 
-def _line(frame: _Frame, one: Series, place: int, y_format: Format) -> list[str]:
+def _line(frame: _Frame, one: Series, place: int, x_format: Format, y_format: Format) -> list[str]:
     colour, out = f"s{place % COLOURS}", []
     if one.band:
         upper = [f"{frame.x(x):.1f},{frame.y(high):.1f}" for x, _, high in one.band]
@@ -227,7 +235,7 @@ def _line(frame: _Frame, one: Series, place: int, y_format: Format) -> list[str]
     if len(known) <= MOST_DOTS:
         dot = f"dot {colour}" if one.dots or len(known) == 1 else "hit"
         for x, y in known:
-            tip = f"{escape(one.name)}: {y_format(y)} at {brief(x)}"
+            tip = f"{escape(one.name)}: {y_format(y)} at {x_format(x)}"
             radius = 3.5 if dot != "hit" else 6
             out.append(
                 f'<circle class="{dot}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{radius}">'
