@@ -64,13 +64,17 @@ def working(prompt: str) -> str:
 
 
 def prompt_and_recent(label_BT: torch.Tensor) -> torch.Tensor:
-    """A token sees the prompt, which has no labels, and the last SEEN_TOKENS: bool [B, 1, T, T]."""
+    """A token sees the prompt, which has no labels, and of what is before it as much as the lesson leaves.
+
+    Every second lesson leaves everything, the others the last SEEN_TOKENS. Returns bool [B, 1, T, T].
+    """
     place_T = torch.arange(label_BT.shape[1])
     back_TT = place_T[:, None] - place_T
     first_B = (label_BT != build_tiny.IGNORED).int().argmax(dim=1)
     prompt_BT = place_T < first_B[:, None]
-    recent_TT = back_TT < SEEN_TOKENS
-    return ((back_TT >= 0) & (recent_TT | prompt_BT[:, None, :]))[:, None]
+    whole_B = torch.arange(len(label_BT)) % 2 == 0
+    seen_BTT = (back_TT < SEEN_TOKENS) | prompt_BT[:, None, :] | whole_B[:, None, None]
+    return (seen_BTT & (back_TT >= 0))[:, None]
 
 
 def lessons() -> Iterator[list[tuple[str, str]]]:
@@ -95,7 +99,7 @@ def build_base(folder: Path) -> None:
     tiny = find_model("tiny").folder
     model = build_tiny.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     tokenizer = build_tiny.AutoTokenizer.from_pretrained(folder)
-    build_tiny.train(model, tokenizer, lessons(), SKILL_STEPS + HABIT_STEPS, prompt_and_recent)
+    build_tiny.train(model, tokenizer, lessons(), SKILL_STEPS + HABIT_STEPS, seen=prompt_and_recent)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
