@@ -28,15 +28,21 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from .errors import InputError
+from .kernels.choice import use_triton
 from .shapes import SUPPORTED
+from .storage import Quantised
 from .weights import Weights
+
+if TYPE_CHECKING:
+    from .kernels.matmul import Matrix
 
 # (layer, query [B, H, T, D], key [B, K, C, D], slot_mask as in `attention`, scaling)
 Observe = Callable[[int, Tensor, Tensor, Tensor | None, float], None]
@@ -49,6 +55,14 @@ PAIR_FACTOR = 4  # attention under a mask runs at about this fraction of the rat
 RESIDENT_BYTES = 64 << 20  # copies of all layers in the compute format may stay while sampling, up to this
 
 
+@dataclass(frozen=True)
+class Live:
+    """For the decode kernel: how many entries each slot holds [S], and its counters, S K zeros or more."""
+
+    length_S: Tensor
+    arrived: Tensor
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -59,17 +73,26 @@ def attention(
     dropout: float = 0.0,
     slot_mask: Tensor | None = None,
     observe: Observe | None = None,
+    live: Live | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention over a right-padded batch, or queries over the entries of their slots' caches.
 
     Shapes: query [B, H, T, D], key and value [B, K, C, D]; `slot_mask` bool [B, 1, T, C], True where
     a query sees an entry. Heads share keys by groups of H / K. Returns [B, T, H, D]. `observe` is shown
-    what attends to what before it does; it changes nothing here.
+    what attends to what before it does; it changes nothing here. With `live`, whose lengths say what the
+    mask does, one query a slot goes through the kernel where it fits.
     """
     if observe is not None:
         assert scaling is not None, "every supported model says how it scales"
         observe(module.layer_idx, query, key, slot_mask, scaling)  # type: ignore[arg-type]
+    if live is not None:
+        from .kernels.attention import decode_attention, fits
+
+        if fits(query, key):
+            assert scaling is not None and query.shape[2] == 1, "a token a slot"
+            out = decode_attention(query[:, :, 0], key, value, live.length_S, live.arrived, scaling)
+            return out[:, None], None
     group = query.shape[1] // key.shape[1]
     if slot_mask is None:
         out = nn.functional.scaled_dot_product_attention(
@@ -126,6 +149,7 @@ class Decoder:
         weights.stream_by([[t.name for t in targets] for targets in self.targets])
         self._scratch: dict[str, Tensor] = {}
         self._resident: list[list[nn.Parameter]] | None = None
+        self._matrices: dict[str, Matrix] = {}  # while sampling: what the kernel multiplies with as it is
         self.max_tokens = longest_sequence(config)
 
     def _check_names(self) -> None:
@@ -155,7 +179,9 @@ class Decoder:
 
         Layers that are open together need different places; streamed ones are opened one at a time.
         """
-        module, targets = self.layers[index], self.targets[index]
+        module = self.layers[index]
+        taken = [] if learn else [t for t in self.targets[index] if t.name in self._matrices]
+        targets = [t for t in self.targets[index] if t not in taken]
         self.weights.bring(index)
         if self._resident is not None and not learn:
             parameters = self._resident[index]
@@ -164,11 +190,25 @@ class Decoder:
         meta = [t.parameter for t in targets]
         for target, parameter in zip(targets, parameters, strict=True):
             target.module._parameters[target.attribute] = parameter
+        for target in taken:
+            target.module.forward = partial(self._multiply, target, index, place)
         try:
             yield module
         finally:
+            for target in taken:
+                del target.module.forward
+                self._matrices[target.name].inputs.forget()
             for target, empty in zip(targets, meta, strict=True):
                 target.module._parameters[target.attribute] = empty
+
+    def _multiply(self, target: Target, index: int, place: int, x: Tensor) -> Tensor:
+        """A linear layer on few tokens, with its matrix as it is held; on many, dequantised in scratch."""
+        from .kernels.matmul import MOST_TOKENS
+
+        bias = target.module._parameters["bias"]
+        if x.shape[:-1].numel() <= MOST_TOKENS:
+            return self._matrices[target.name].product(x, bias)
+        return nn.functional.linear(x, self._load(target.name, index, place), bias)
 
     def _load(self, name: str, index: int, place: int) -> Tensor:
         held = self.weights.seen(name)
@@ -182,23 +222,48 @@ class Decoder:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """While sampling: keep layers in the compute format if that costs little or nothing.
+        """While sampling: multiply with int8 matrices as they are where there is a kernel for it, and keep
+        the others in the compute format if that costs little or nothing.
 
         The weights must not change inside.
         """
         with self.weights.sampling():
-            held = [self.weights.seen(t.name) for targets in self.targets for t in targets]
+            self._matrices = self._for_the_kernel()
+            names = [t.name for targets in self.targets for t in targets if t.name not in self._matrices]
+            held = [self.weights.seen(name) for name in names]
             copied = [h for h in held if h.whole(self.dtype) is None]
             copies = sum(math.prod(h.shape) * self.dtype.itemsize for h in copied)
             if copies <= RESIDENT_BYTES:
                 self._resident = [
-                    [nn.Parameter(self.weights.load(t.name), requires_grad=False) for t in targets]
+                    [
+                        nn.Parameter(self.weights.load(t.name), requires_grad=False)
+                        for t in targets
+                        if t.name not in self._matrices
+                    ]
                     for targets in self.targets
                 ]
             try:
                 yield
             finally:
                 self._resident = None
+                self._matrices = {}
+
+    def _for_the_kernel(self) -> dict[str, Matrix]:
+        """The matrices that it multiplies with: those of linear layers, and the head."""
+        if not use_triton(self.device):
+            return {}
+        from .kernels.matmul import Inputs, Matrix, fits
+
+        inputs, matrices = Inputs(), {}
+        linear = [t.name for ts in self.targets for t in ts if isinstance(t.module, nn.Linear)]
+        for name in [*linear, self.head_name]:
+            held = self.weights.seen(name)
+            if isinstance(held, Quantised) and fits(held.code_OI, held.dtype, self.dtype):
+                entries = held.difference()
+                values = [bits_N.view(held.dtype) for bits_N in (entries.before_bits_N, entries.after_bits_N)]
+                changed = entries.position_N, values[0], values[1]
+                matrices[name] = Matrix(held.code_OI, held.absmax_O, changed, inputs)
+        return matrices
 
     def arguments(self, like: Tensor, position_BT: Tensor | None = None) -> list[dict[str, Any]]:
         """What each layer is called with besides the hidden state `like` [B, T, D]."""
@@ -249,6 +314,8 @@ class Decoder:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Logits [B, V] in float32, for sampling: a token a sequence."""
+        if self.head_name in self._matrices:
+            return self._matrices[self.head_name].product(hidden_BD, dtype=torch.float32)
         whole = self.weights.seen(self.head_name).whole(self.dtype)
         if whole is not None:
             return (hidden_BD @ whole.T).float()

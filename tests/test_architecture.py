@@ -50,7 +50,7 @@ LEVELS = [
     ],
     ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes", "analysis"],
     ["report.update"],
-    ["kernels.choice", "kernels.dequantise", "kernels.propose"],
+    ["kernels.choice", "kernels.dequantise", "kernels.propose", "kernels.matmul", "kernels.attention"],
     [
         "doctor",
         "stream",

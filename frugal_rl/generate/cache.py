@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..decoder import Live
+from ..kernels.choice import use_triton
+
 
 class SlotCache:
     """Keys and values [L, S, K, C, D] of `slots` sequences of up to `entries` tokens."""
@@ -41,6 +44,10 @@ class SlotCache:
         self.value_LSKCD = torch.zeros(shape, dtype=dtype, device=device)
         self.slots, self.entries = slots, entries
         self.device = device
+        # the decode kernel's counters, 0 between two calls; without the kernel there are none
+        self.arrived = (
+            torch.zeros(slots * kv_heads, dtype=torch.int32, device=device) if use_triton(device) else None
+        )
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +84,12 @@ class SlotCache:
         active = len(entry_S)
         live = torch.arange(longest, device=self.device)[None, :] <= entry_S[:, None]
         return Decode(
-            self, torch.arange(active, device=self.device), entry_S, longest, live[:, None, None, :]
+            self,
+            torch.arange(active, device=self.device),
+            entry_S,
+            longest,
+            live[:, None, None, :],
+            None if self.arrived is None else Live(entry_S + 1, self.arrived),
         )
 
 
@@ -124,6 +136,7 @@ class Decode:
     entry_S: Tensor
     longest: int
     mask: Tensor
+    live: Live | None
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
         """key, value [S, K, 1, D]. In place on the cache; returns views of it."""
