@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .shapes import SUPPORTED
+from .storage import Streamed
 from .weights import Weights
 
 # (layer, query [B, H, T, D], key [B, K, C, D], slot_mask as in `attention`, scaling)
@@ -39,6 +40,7 @@ Observe = Callable[[int, Tensor, Tensor, Tensor | None, float], None]
 
 ATTENTION = "frugal_rl"
 HEAD_BLOCK_BYTES = 32 << 20  # one block of the head's rows, and one block of logits, in the compute format
+FOLLOWING_ROPES = ("dynamic", "longrope")  # whose frequencies depend on the longest position
 RESIDENT_BYTES = 64 << 20  # copies of all layers in the compute format may stay while sampling, up to this
 
 
@@ -184,6 +186,15 @@ class Decoder:
                 yield
             finally:
                 self._resident = None
+
+    @property
+    def steady(self) -> bool:
+        """Whether sampling a token asks the device for no value: nothing is read from host memory, and the
+        rotary frequencies do not follow the positions.
+        """
+        follows = str(getattr(self.model.rotary_emb, "rope_type", "default")) in FOLLOWING_ROPES
+        names = [self.embed_name, self.head_name, *(t.name for ts in self.targets for t in ts)]
+        return not follows and not any(isinstance(self.weights.seen(n), Streamed) for n in names)
 
     def arguments(self, like: Tensor, position_BT: Tensor | None = None) -> list[dict[str, Any]]:
         """What each layer is called with besides the hidden state `like` [B, T, D]."""

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .transfer import on_device
+
 
 class SlotCache:
     """Keys and values [L, S, K, C, D] of `slots` sequences of up to `entries` tokens."""
@@ -54,7 +56,7 @@ class SlotCache:
 
     def prefill(self, slots: list[int]) -> Prefill:
         """The cache to run right-padded prompts with; row i of the batch goes into slots[i]."""
-        return Prefill(self, torch.tensor(slots, device=self.device))
+        return Prefill(self, on_device(slots, self.device))
 
     def extend(self, slot: int, held: int, count: int) -> Extend:
         """The cache to run the next `count` tokens of one sequence with, after the `held` that are there."""
@@ -62,7 +64,7 @@ class SlotCache:
         row_T = torch.arange(held, held + count, device=self.device)
         return Extend(
             self,
-            torch.tensor([slot], device=self.device),
+            on_device([slot], self.device),
             slot,
             held,
             (column_C <= row_T[:, None])[None, None],
