@@ -38,7 +38,7 @@ from torch.torch_version import TorchVersion
 from .errors import InputError
 from .kernels.choice import use_triton
 from .shapes import SUPPORTED
-from .storage import Quantised
+from .storage import Quantised, Streamed
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ ADDS_INTO_FLOAT32 = TorchVersion(torch.__version__) >= "2.10"
 PRODUCT_ENTRIES = 4 << 20  # of a float32 temporary beside a sum of products
 HEAD_BLOCK_BYTES = 32 << 20  # one block of the head's rows, and one block of logits, in the compute format
 PAIR_FACTOR = 4  # attention under a mask runs at about this fraction of the rate of other products
+FOLLOWING_ROPES = ("dynamic", "longrope")  # whose frequencies depend on the longest position
 RESIDENT_BYTES = 64 << 20  # copies of all layers in the compute format may stay while sampling, up to this
 
 
@@ -264,6 +265,15 @@ class Decoder:
                 changed = entries.position_N, values[0], values[1]
                 matrices[name] = Matrix(held.code_OI, held.absmax_O, changed, inputs)
         return matrices
+
+    @property
+    def steady(self) -> bool:
+        """Whether sampling a token asks the device for no value: nothing is read from host memory, and the
+        rotary frequencies do not follow the positions.
+        """
+        follows = str(getattr(self.model.rotary_emb, "rope_type", "default")) in FOLLOWING_ROPES
+        names = [self.embed_name, self.head_name, *(t.name for ts in self.targets for t in ts)]
+        return not follows and not any(isinstance(self.weights.seen(n), Streamed) for n in names)
 
     def arguments(self, like: Tensor, position_BT: Tensor | None = None) -> list[dict[str, Any]]:
         """What each layer is called with besides the hidden state `like` [B, T, D]."""

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 INTEGERS = {2: torch.int16, 4: torch.int32}
 RECIPROCAL = 7.874015748698502e-3  # 1 / 127, as bitsandbytes writes it
 BLOCK = 1 << 20  # entries that are quantised or dequantised at a time: 4 MiB in float32
+LAID = 1 << 20  # entries that are laid over rows at a time: a few copies of 8 MiB
 SMALLEST_ABSMAX = 1e-30  # stands for 0 where it would be divided by
 
 Rows = slice | Tensor
@@ -80,7 +81,10 @@ class Overlay:
 
     position_N: Tensor
     bits_N: Tensor
-    _tile_begin_X: Tensor | None = field(default=None, repr=False)  # of these positions (tiled)
+    _tile_begin_X: Tensor | None = field(default=None, init=False, repr=False)  # of these positions (tiled)
+    # what the host has asked the device about the positions, until there are others
+    _asked_of: Tensor | None = field(default=None, init=False, repr=False)
+    _answers: dict[tuple[int, ...], tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def empty(cls, like: Tensor) -> Overlay:
@@ -102,22 +106,27 @@ class Overlay:
         slot_M = torch.searchsorted(self.position_N, position_M).clamp_(max=len(self) - 1)
         return slot_M, self.position_N[slot_M] == position_M
 
-    def among(self, rows: Rows, width: int) -> tuple[Tensor | slice, Tensor]:
-        """Slots here that lie in those rows of a matrix, and their flat indices among them.
+    def _known(self) -> dict[tuple[int, ...], tuple[int, int]]:
+        """What the device has been asked about the present positions."""
+        if self._asked_of is not self.position_N:
+            self._asked_of, self._answers = self.position_N, {}
+        return self._answers
 
-        `rows`: a slice, or row numbers [R]. Syncs with the device.
-        """
-        position_N = self.position_N
-        if isinstance(rows, slice):
-            ends = torch.tensor([rows.start * width, rows.stop * width], device=position_N.device)
-            low, high = torch.searchsorted(position_N, ends).tolist()
-            return slice(low, high), position_N[low:high] - rows.start * width
-        low_R = torch.searchsorted(position_N, rows * width)
-        count_R = torch.searchsorted(position_N, (rows + 1) * width) - low_R
-        row_N = torch.repeat_interleave(count_R)
-        rank_N = torch.arange(len(row_N), device=rows.device) - (count_R.cumsum(0) - count_R)[row_N]
-        slot_N = low_R[row_N] + rank_N
-        return slot_N, position_N[slot_N] + (row_N - rows[row_N]) * width
+    def between(self, start: int, stop: int) -> slice:
+        """Slots here of the flat positions [start, stop). Syncs when first asked since a change."""
+        answers, key = self._known(), (start, stop)
+        if key not in answers:
+            ends = torch.tensor(key, device=self.position_N.device)
+            low, high = torch.searchsorted(self.position_N, ends).tolist()
+            answers[key] = low, high
+        return slice(*answers[key])
+
+    def most_in_a_row(self, width: int) -> int:
+        """The most entries in any row of a matrix. Syncs as `between`."""
+        answers, key = self._known(), (width,)
+        if key not in answers:
+            answers[key] = int(torch.bincount(self.position_N // width).max()) if len(self) else 0, 0
+        return answers[key][0]
 
     def tiled(self, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor] | None:
         """Positions, bits, and where a kernel finds those of each tile of a matrix of that shape.
@@ -133,15 +142,39 @@ class Overlay:
         return self.position_N, self.bits_N, self._tile_begin_X
 
     def lay_on_(self, out: Tensor, dtype: torch.dtype, rows: Rows | None = None) -> Tensor:
-        """Write the entries, which are of `dtype`, into those rows of a matrix, or the whole. In place."""
+        """Write the entries, which are of `dtype`, into those rows of a matrix, or the whole. In place.
+
+        `rows`: a slice, or row numbers [R]; no shape depends on these. Syncs when first asked since a change.
+        """
         if not len(self):
             return out
         if rows is None:
             out.view(-1)[self.position_N] = self.bits_N.view(dtype).to(out.dtype)
-            return out
-        slot_N, index_N = self.among(rows, out.shape[-1])
-        out.view(-1)[index_N] = self.bits_N[slot_N].view(dtype).to(out.dtype)
+        elif isinstance(rows, slice):
+            width = out.shape[-1]
+            here = self.between(rows.start * width, rows.stop * width)
+            index_N = self.position_N[here] - rows.start * width
+            out.view(-1)[index_N] = self.bits_N[here].view(dtype).to(out.dtype)
+        else:
+            most = self.most_in_a_row(out.shape[-1])
+            step = max(1, LAID // most)
+            for start in range(0, len(rows), step):
+                self._lay_on_some_(out[start : start + step], dtype, rows[start : start + step], most)
         return out
+
+    def _lay_on_some_(self, out_RI: Tensor, dtype: torch.dtype, row_R: Tensor, most: int) -> None:
+        """As many entries for every row as the fullest has: a shorter row's own first one again and again."""
+        width = out_RI.shape[1]
+        first_R1 = (row_R * width)[:, None]
+        low_R1 = torch.searchsorted(self.position_N, first_R1)
+        slot_RM = (low_R1 + torch.arange(most, device=row_R.device)).clamp_(max=len(self) - 1)
+        inside_RM = (self.position_N[slot_RM] - first_R1 < width) & (slot_RM >= low_R1)
+        slot_RM = torch.where(inside_RM, slot_RM, slot_RM[:, :1])
+        # a row that has none keeps what is in its first column
+        any_R1 = inside_RM[:, :1]
+        column_RM = torch.where(any_R1, self.position_N[slot_RM] - first_R1, 0)
+        value_RM = self.bits_N[slot_RM].view(dtype).to(out_RI.dtype)
+        out_RI.scatter_(1, column_RM, torch.where(any_R1, value_RM, out_RI[:, :1]))
 
     def put_(self, position_M: Tensor, bits_M: Tensor, *, overwrite: bool) -> None:
         """Add entries, sorted; those already there keep their bits unless `overwrite`."""
@@ -341,7 +374,7 @@ class Quantised:
         return self.overlay.lay_on_(out_RI, self.dtype, None if whole else rows)
 
     def rows(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """As Plain.rows. Syncs with the device, but for a slice where a kernel does it."""
+        """As Plain.rows. Syncs as Overlay.lay_on_, but for a slice where a kernel does it."""
         if isinstance(rows, slice):
             rows = slice(*rows.indices(self.shape[0])[:2])
             shape = rows.stop - rows.start, self.shape[1]

@@ -67,9 +67,11 @@ LEVELS = [
     [
         "policy",
         "learn",
+        "generate.transfer",
         "generate.cache",
         "generate.eviction",
         "generate.sample",
+        "generate.graphs",
         "generate.engine",
         "generate.llama_library",
         "generate.llamacpp",

@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from frugal_rl.decoder import Decoder
 from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.generate.cache import SlotCache
-from frugal_rl.generate.engine import SEEN_MULTIPLE, Engine, _Run
+from frugal_rl.generate.engine import Engine, _Run
 from frugal_rl.generate.eviction import Eviction
 from frugal_rl.generate.sample import StopText, Truncation, draw, inverse_cdf, truncate
 from frugal_rl.learn import Learner
 from frugal_rl.rollout import Request, Rollout
 
 from .conftest import KINDS, VOCABULARY, make_decoder, weights_of
+from .frozen import AsItIs
 
 STOPS = frozenset({5, 7})
 MAX_TOKENS = 24
@@ -67,8 +68,8 @@ def test_greedy_tokens_are_those_of_transformers_generate(kind: str) -> None:
     stops = frequent_tokens(decoder, requests)
     expected = [hugging_face(model, r.prompt_ids, stops) for r in requests]
     assert len({len(ids) for ids in expected}) > 5
-    for slots, look_every in ((64, 1), (5, 3), (1, 1)):
-        engine = Engine(decoder, slots, stops, 30, look_every=look_every)
+    for slots, ahead in ((64, 0), (5, 2), (1, 1)):
+        engine = Engine(decoder, slots, stops, 30, ahead=ahead)
         for ids, rollout in zip(expected, run(engine, requests, 0.0), strict=True):
             assert rollout.response_ids.tolist() == ids, (slots, rollout)
             assert rollout.truncated == (ids[-1] not in stops)
@@ -157,12 +158,12 @@ def test_finished_slots_are_refilled_at_once() -> None:
     assert engine.stats.decode_steps <= sum(lengths) / 4 + max(lengths)
 
 
-def test_columns_beyond_the_longest_slot_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_slots_and_columns_beyond_the_longest_slot_change_no_token() -> None:
     _, decoder = make_decoder("qwen2")
     requests = make_requests(8, 2)
-    exact = run(Engine(decoder, 5, STOPS, 1000), requests, 1.0)
-    monkeypatch.setitem(SEEN_MULTIPLE, "cpu", 16)
-    for one, other in zip(exact, run(Engine(decoder, 5, STOPS, 1000), requests, 1.0), strict=True):
+    exact = run(Engine(decoder, 7, STOPS, 1000), requests, 1.0)
+    few_shapes = Engine(decoder, 7, STOPS, 1000, recorder=lambda _: AsItIs())
+    for one, other in zip(exact, run(few_shapes, requests, 1.0), strict=True):
         assert one.response_ids.tolist() == other.response_ids.tolist()
         np.testing.assert_allclose(one.logprob_T, other.logprob_T, atol=1e-5)
 
@@ -258,19 +259,18 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_token() -> None:
         run(Engine(decoder, 4, STOPS, 1000), make_requests(4, 1), 1.0)
 
 
-@pytest.mark.parametrize("look_every", [2, 3, 8, 100])
+@pytest.mark.parametrize("ahead", [1, 2, 7, 100])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_how_often_ends_are_looked_at_changes_nothing(look_every: int, temperature: float) -> None:
+def test_how_late_ends_are_seen_changes_nothing(ahead: int, temperature: float) -> None:
     _, decoder = make_decoder("qwen2")
     requests = make_requests(9, 2)
     stops = STOPS if temperature else frequent_tokens(decoder, requests)
     for slots in (18, 5):
-        every, rarely = (
-            run(Engine(decoder, slots, stops, 100, look_every=n), requests, temperature)
-            for n in (1, look_every)
+        at_once, late = (
+            run(Engine(decoder, slots, stops, 100, ahead=n), requests, temperature) for n in (0, ahead)
         )
-        assert len({len(r.response_ids) for r in every}) > (3 if temperature else 1)
-        for one, other in zip(every, rarely, strict=True):
+        assert len({len(r.response_ids) for r in at_once}) > (3 if temperature else 1)
+        for one, other in zip(at_once, late, strict=True):
             assert one.response_ids.tolist() == other.response_ids.tolist()
             assert one.truncated == other.truncated
             np.testing.assert_allclose(one.logprob_T, other.logprob_T, atol=1e-5)
@@ -370,17 +370,17 @@ def letters(ids: Sequence[int]) -> str:
     return "".join(chr(97 + i % 5) * (1 + i % 2) for i in ids)
 
 
-@pytest.mark.parametrize("look_every", [1, 4])
+@pytest.mark.parametrize("ahead", [0, 3])
 @pytest.mark.parametrize("slots", [3, 18])
 @pytest.mark.parametrize("strings", [("da",), ("cc", "eba"), ("bb", "dddd")])
 def test_a_response_ends_in_the_token_that_completes_a_stop_string(
-    strings: tuple[str, ...], slots: int, look_every: int
+    strings: tuple[str, ...], slots: int, ahead: int
 ) -> None:
     _, decoder = make_decoder("qwen2")
     requests = make_requests(9, 2)
     whole = run(Engine(decoder, 18, STOPS, 100), requests, 1.0)
     stop = StopText(strings, letters)
-    cut = run(Engine(decoder, slots, STOPS, 100, stop_text=stop, look_every=look_every), requests, 1.0)
+    cut = run(Engine(decoder, slots, STOPS, 100, stop_text=stop, ahead=ahead), requests, 1.0)
     shortened = 0
     for one, other in zip(whole, cut, strict=True):
         ids = one.response_ids.tolist()

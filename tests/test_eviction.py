@@ -391,8 +391,8 @@ def test_slots_looks_and_chunks_change_nothing(method: Any) -> None:
     requests = make_requests([5, 14, 30, 2], samples=3)
     eviction = Eviction(method, 12, 6)
     expected = run(Engine(decoder, 12, STOPS, 1000, eviction=eviction), requests)
-    for slots, prefill, look in ((1, 1000, 1), (5, 4, 1), (3, 7, 4), (12, 20, 30)):
-        engine = Engine(decoder, slots, STOPS, prefill, eviction=eviction, look_every=look)
+    for slots, prefill, look in ((1, 1000, 0), (5, 4, 1), (3, 7, 4), (12, 20, 30)):
+        engine = Engine(decoder, slots, STOPS, prefill, eviction=eviction, ahead=look)
         for one, other in zip(expected, run(engine, requests), strict=True):
             assert one.response_ids.tolist() == other.response_ids.tolist(), (slots, prefill, look)
             np.testing.assert_allclose(one.logprob_T, other.logprob_T, atol=1e-4)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..decoder import Live
 from ..kernels.choice import use_triton
+from .transfer import on_device
 
 
 class SlotCache:
@@ -61,7 +62,7 @@ class SlotCache:
 
     def prefill(self, slots: list[int]) -> Prefill:
         """The cache to run right-padded prompts with; row i of the batch goes into slots[i]."""
-        return Prefill(self, torch.tensor(slots, device=self.device))
+        return Prefill(self, on_device(slots, self.device))
 
     def extend(self, slot: int, held: int, count: int) -> Extend:
         """The cache to run the next `count` tokens of one sequence with, after the `held` that are there."""
@@ -69,7 +70,7 @@ class SlotCache:
         row_T = torch.arange(held, held + count, device=self.device)
         return Extend(
             self,
-            torch.tensor([slot], device=self.device),
+            on_device([slot], self.device),
             slot,
             held,
             (column_C <= row_T[:, None])[None, None],

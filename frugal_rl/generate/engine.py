@@ -1,8 +1,8 @@
 """The engine: continuous batching over slots, on the policy's own weights, zero copies.
 
-A slot holds one sequence. Each turn: `admit` puts waiting requests into free slots, `decode` draws one
-token for every active slot, a few times, and `retire` looks which sequences have met a stop token, a
-stop string or their length. Memory does not depend on how many requests there are.
+A slot holds one sequence. Each turn: `decode` draws one token for every active slot, `look` learns which
+sequences have met a stop token or a stop string, `retire` takes these and those that have their length out of
+their slots, and `admit` puts waiting requests there. Memory does not depend on how many requests there are.
 
 - The longest prompts come first, equal ones together. A prompt is run once for its whole group: its
   entries are copied to the group's slots, and later to slots that come free, from whichever member
@@ -10,8 +10,12 @@ stop string or their length. Memory does not depend on how many requests there a
   member has whole any more is run again.
 - A prompt that is longer than `prefill_tokens` or than the cache is run in chunks.
 - Decoding reads and writes device tensors only; what the host must know of a sequence (how many entries
-  and tokens) it counts itself. It waits for the device when it looks for ends, every few steps; tokens
-  drawn beyond an end are dropped. `_step` has static shapes, given (active slots, entries seen).
+  and tokens) it counts itself. `_step` has static shapes, given (slots, entries seen), and is captured once
+  for each (graphs.py). There are few, so some slots may be idle and some entries dead: an idle slot's
+  sequence is nobody's, and goes where the next one begins.
+- On a GPU the host is `ahead` by a step: what has ended it reads from a copy made before the step that
+  is running, so that the device always has its next step. The tokens that are drawn beyond an end meanwhile
+  are dropped, and responses are handed out when their copies have come.
 
 Random numbers belong to the request, not to the slot: token t of a request uses uniform t of
 Philox(request.key), see sample.py. Slot count, order and looks change nothing but the order of sums.
@@ -28,7 +32,7 @@ of sums, unless entries were evicted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -42,11 +46,11 @@ from ..errors import FrugalError, InputError
 from ..rollout import Request, Rollout
 from .cache import Decode, Extend, Prefill, SlotCache
 from .eviction import Eviction
-from .sample import Drawn, StopText, Truncation, draw
+from .graphs import Recorder, Steps, recorder_for, rung
+from .sample import TRUNCATION_BLOCK_BYTES, Drawn, StopText, Truncation, draw
+from .transfer import Arriving, on_device
 
-LOOK_EVERY = {"cpu": 1, "cuda": 8}  # decode steps between two looks at which sequences have ended
-# attention sees a multiple of so many entries: on a GPU, few shapes (and graphs); on a CPU, no entry too many
-SEEN_MULTIPLE = {"cpu": 1, "cuda": 64}
+AHEAD = {"cpu": 0, "cuda": 1}  # decode steps that are begun before it is known what the last one ended
 
 Prompt = tuple[int, ...]
 
@@ -58,6 +62,10 @@ class EngineStats:
     prompt_tokens: int = 0
     decoded_tokens: int = 0
     decode_steps: int = 0
+    queue_steps: int = 0  # decode steps while a request waited for a slot,
+    queue_tokens: int = 0  # and how many tokens of them are in a response: at most one a slot and step
+    graphs: int = 0
+    capture_s: float = 0.0
     evictions: int = 0  # times that a slot was compressed
     cache_bytes: int = 0
     memory_bytes: int = 0  # what the eviction method remembers
@@ -67,7 +75,8 @@ class EngineStats:
 class Engine:
     """Samples from `decoder`. `prefill_tokens` bounds the padded prompt tokens in a layer at a time.
 
-    `look_every`: decode steps between two looks at what has ended; None: what suits the device.
+    `ahead`: decode steps that are begun before it is known what the last one ended; None: what suits the
+    device. `recorder`: makes what captures the steps of a call, or None (graphs.py).
     """
 
     decoder: Decoder
@@ -76,7 +85,8 @@ class Engine:
     prefill_tokens: int
     stop_text: StopText | None = None
     eviction: Eviction | None = None
-    look_every: int | None = None
+    ahead: int | None = None
+    recorder: Callable[[torch.device], Recorder | None] = recorder_for
     stats: EngineStats = field(default_factory=EngineStats)
 
     @torch.no_grad()
@@ -106,12 +116,17 @@ class Engine:
             run = _Run(self, requests, max_tokens, temperature, truncation)
             self.stats.cache_bytes = run.cache.nbytes
             self.stats.memory_bytes = run.memory.nbytes if run.memory else 0
-            run.admit()
-            while run.sequences:
-                for _ in range(run.steps()):
-                    run.decode()
-                yield from run.retire()
+            try:
                 run.admit()
+                while run.sequences or run.leaving:
+                    if run.sequences and max_tokens > 1:
+                        run.decode()
+                        run.look()
+                    yield from run.arrived()
+                    run.retire()
+                    run.admit()
+            finally:
+                run.steps.close()
 
 
 def room_for(prompt_tokens: int, max_tokens: int, limit: int) -> str:
@@ -135,6 +150,25 @@ class _Sequence:
     whole: bool = True  # the cache still has the prompt's entries as they were when the response began
     drawn: int = 1  # tokens drawn so far; the last one is not in the cache yet
     read: int = 0  # tokens that the host has looked at for stop strings
+    end: int | None = None  # tokens up to the end, where the host knows of one
+    queue_drawn: int | None = None  # tokens drawn until no request waited any more
+
+
+@dataclass
+class _Look:
+    """What the device will have said of the sequences, when they had drawn so many tokens."""
+
+    sequences: list[tuple[_Sequence, int]]
+    arriving: Arriving
+
+
+@dataclass
+class _Leaving:
+    """A response on its way to the host."""
+
+    sequence: _Sequence
+    drawn: int
+    arriving: Arriving
 
 
 class _Run:
@@ -175,11 +209,17 @@ class _Run:
         self.memory = (
             engine.eviction.memory(self.cache, config.num_attention_heads) if engine.eviction else None
         )
-        self.look_every = engine.look_every or LOOK_EVERY[device.type]
-        self.seen_multiple = SEEN_MULTIPLE[device.type]
+        self.ahead = AHEAD[device.type] if engine.ahead is None else engine.ahead
+        recorder = engine.recorder(device) if self.decoder.steady else None
+        self.steps = Steps(self._step, recorder)
+        # on a GPU the shapes are the same without graphs, and so are the numbers; a CPU does nothing in vain
+        self.few_shapes = recorder is not None or device.type == "cuda"
+        self.looks: deque[_Look] = deque()
+        self.leaving: list[_Leaving] = []
+        # whose first tokens are drawn at a time: of few of the logits' many copies
+        self.together = max(1, TRUNCATION_BLOCK_BYTES // (4 * config.vocab_size))
         self.last_position = longest - 1
-        # a sequence may run on for some steps after its end before anyone looks
-        width = max_tokens + self.look_every
+        width = max_tokens
         self.entry_S = torch.zeros(slots, dtype=torch.long, device=device)
         self.position_S = torch.zeros(slots, dtype=torch.long, device=device)
         self.drawn_S = torch.zeros(slots, dtype=torch.long, device=device)
@@ -234,6 +274,9 @@ class _Run:
         for slot in sorted(set(self.ended) & set(places), reverse=True):
             self._close(slot)
         self.ended = []
+        if taken and not self.waiting:
+            for sequence in self.sequences:
+                sequence.queue_drawn = sequence.drawn
 
     def _seat(self, slot: int, sequence: _Sequence) -> None:
         """Give a slot to a sequence: the host's view of it, and its random numbers."""
@@ -244,7 +287,7 @@ class _Run:
         if self.memory is not None:
             self.memory.clear_([slot])
         number_T = torch.from_numpy(self._uniforms(sequence.index, self.max_tokens))
-        self.uniform_ST[slot, : self.max_tokens] = number_T
+        self.uniform_ST[slot] = on_device(number_T, self.decoder.device)
 
     def _uniforms(self, index: int, count: int) -> np.ndarray:
         seed = np.random.SeedSequence(self.requests[index].key)
@@ -258,10 +301,10 @@ class _Run:
         if width > min(self.engine.prefill_tokens, self.cache.entries):
             assert len(prompts) == 1, "a prompt that is run in chunks is run alone"
             return self._prefill_in_chunks(prompts[0], slot_of[prompts[0]])
-        token_BT = torch.tensor([p + (0,) * (width - len(p)) for p in prompts], device=device)
+        token_BT = on_device([p + (0,) * (width - len(p)) for p in prompts], device)
         slots = list(slot_of.values())
         cache = self.cache.prefill(slots)
-        length_B = torch.tensor([len(p) for p in prompts], device=device)
+        length_B = on_device([len(p) for p in prompts], device)
         seen = self._seen(cache, torch.zeros_like(length_B), length_B)
         hidden = self._layers(self.decoder.embed(token_BT), None, **seen)
         for slot, prompt in zip(slots, prompts, strict=True):
@@ -275,7 +318,7 @@ class _Run:
             if sequence.held == self.cache.entries:
                 self._compress([slot])
             count = min(self.engine.prefill_tokens, self.cache.entries - sequence.held, len(prompt) - done)
-            token_BT = torch.tensor([prompt[done : done + count]], device=device)
+            token_BT = on_device([prompt[done : done + count]], device)
             position_BT = torch.arange(done, done + count, device=device)[None]
             cache = self.cache.extend(slot, sequence.held, count)
             seen = self._seen(cache, position_BT[:, 0], position_BT[:, -1] + 1)
@@ -301,16 +344,19 @@ class _Run:
                 sequence.whole = True
             slots += groups[prompt]
             rows += [row] * len(groups[prompt])
-        uniform_S = self.uniform_ST[torch.tensor(slots, device=device), 0]
-        self._begin(slots, self._draw(logit_BV[torch.tensor(rows, device=device)], uniform_S))
+        for start in range(0, len(slots), self.together):
+            some = slots[start : start + self.together]
+            logit_SV = logit_BV[on_device(rows[start : start + self.together], device)]
+            self._begin(some, self._draw(logit_SV, self.uniform_ST[on_device(some, device), 0]))
         if self.memory is not None:
             return  # what is remembered changes with every token: those that wait run their prompt again
         for row, prompt in enumerate(prompts):
             later = list(takewhile(lambda i, p=prompt: self.requests[i].prompt_ids == p, self.waiting))  # type: ignore[misc]
-            for start in range(0, len(later), self.cache.slots):
-                part = later[start : start + self.cache.slots]
-                number = np.concatenate([self._uniforms(i, 1) for i in part])
-                drawn = self._draw(logit_BV[row].expand(len(part), -1), torch.from_numpy(number).to(device))
+            together = min(self.together, self.cache.slots)
+            for start in range(0, len(later), together):
+                part = later[start : start + together]
+                number_S = torch.from_numpy(np.concatenate([self._uniforms(i, 1) for i in part]))
+                drawn = self._draw(logit_BV[row].expand(len(part), -1), on_device(number_S, device))
                 self.begun |= {i: Drawn(*(x[k : k + 1] for x in drawn)) for k, i in enumerate(part)}
 
     def _copy(self, source: int, slots: list[int]) -> None:
@@ -322,32 +368,31 @@ class _Run:
     def _begin(self, slots: list[int], drawn: Drawn) -> None:
         """Slots whose sequences have their prompts in the cache get their first tokens. In place."""
         device = self.decoder.device
-        slot_S = torch.tensor(slots, device=device)
+        slot_S = on_device(slots, device)
         sequences = [self.sequences[slot] for slot in slots]
-        self.entry_S[slot_S] = torch.tensor([s.held for s in sequences], device=device)
-        self.position_S[slot_S] = torch.tensor([len(s.prompt) for s in sequences], device=device)
+        self.entry_S[slot_S] = on_device([s.held for s in sequences], device)
+        self.position_S[slot_S] = on_device([len(s.prompt) for s in sequences], device)
         self.drawn_S[slot_S] = 0
         self.end_S[slot_S] = self.max_tokens + 1
         self._note(slot_S, drawn)
 
     # --- decoding
 
-    def steps(self) -> int:
-        """How many times to decode before the next look."""
-        return min(self.look_every, max(self.max_tokens - s.drawn for s in self.sequences))
-
     def decode(self) -> None:
-        """One token for every active slot. No sync."""
+        """One token for every active slot. No sync, but where a shape is captured."""
         if self.engine.eviction is not None:
-            full = [i for i, s in enumerate(self.sequences) if s.held == self.cache.entries]
-            self._compress([i for i in full if self.sequences[i].drawn < self.max_tokens])
-        longest = 1 + max(s.held for s in self.sequences)
-        seen = -(-longest // self.seen_multiple) * self.seen_multiple
-        self._step(len(self.sequences), min(seen, self.cache.entries))
+            self._compress([i for i, s in enumerate(self.sequences) if s.held == self.cache.entries])
+        active, longest = len(self.sequences), 1 + max(s.held for s in self.sequences)
+        if self.few_shapes:
+            active, longest = rung(active, self.cache.slots), rung(longest, self.cache.entries)
+        self.steps(active, min(longest, self.cache.entries))
+        stats = self.engine.stats
         for sequence in self.sequences:
             sequence.held = min(sequence.held + 1, self.cache.entries)
             sequence.drawn += 1
-        self.engine.stats.decode_steps += 1
+        stats.decode_steps += 1
+        stats.queue_steps += bool(self.waiting)
+        stats.graphs, stats.capture_s = len(self.steps.shapes), self.steps.capture_s
 
     def _compress(self, slots: list[int]) -> None:
         """Reduce slots to the budget. No sync."""
@@ -357,21 +402,24 @@ class _Run:
             return
         lengths = [self.sequences[slot].held for slot in slots]
         eviction.compress_(self.cache, self.memory, slots, lengths)
-        self.entry_S[torch.tensor(slots, device=self.decoder.device)] = eviction.budget
+        self.entry_S[on_device(slots, self.decoder.device)] = eviction.budget
         for slot in slots:
             self.sequences[slot].held = eviction.budget
             self.sequences[slot].whole = False
         self.engine.stats.evictions += len(slots)
 
-    def _step(self, active: int, columns: int) -> None:
-        """The device's part: its shapes depend on `active` slots and `columns` entries alone."""
-        slot_S = torch.arange(active, device=self.decoder.device)
-        entry_S, position_S = self.entry_S[:active], self.position_S[:active]
-        token_S = self.token_ST[slot_S, self.drawn_S[:active] - 1]
-        cache = self.cache.decode(entry_S.clone(), columns)
+    def _step(self, slots: int, columns: int) -> None:
+        """The device's part, for the first `slots` slots over the first `columns` entries; see graphs.py.
+
+        Idle slots write to their own places; what they hold is within bounds and means nothing.
+        """
+        slot_S = torch.arange(slots, device=self.decoder.device)
+        entry_S, position_S = self.entry_S[:slots], self.position_S[:slots]
+        token_S = self.token_ST[slot_S, self.drawn_S[:slots] - 1]
+        cache = self.cache.decode(entry_S.clamp(max=columns - 1), columns)
         seen = self._seen(cache, position_S, position_S + 1)
         hidden = self._layers(self.decoder.embed(token_S[:, None]), position_S[:, None], **seen)
-        # a sequence that has ended but was not looked at yet writes its last entry again and again
+        # what has ended but is not known to have writes its last entry again and again, as idle slots do
         entry_S.add_(1).clamp_(max=self.cache.entries - 1)
         position_S.add_(1).clamp_(max=self.last_position)
         uniform_S = self.uniform_ST[slot_S, self._place(slot_S)]
@@ -413,60 +461,81 @@ class _Run:
         self.logprob_ST[slot_S, place_S] = drawn.logprob_S
         self.policy_logprob_ST[slot_S, place_S] = drawn.policy_logprob_S
         self.drawn_S[slot_S] = place_S + 1
-        stops_S = torch.isin(drawn.token_S, self.stop_X)
+        stops_S = (drawn.token_S[:, None] == self.stop_X).any(dim=1)  # torch.isin may sort, and wait
         end_S = torch.where(stops_S, place_S + 1, self.max_tokens + 1)
         self.end_S[slot_S] = torch.minimum(self.end_S[slot_S], end_S)
 
     # --- retirement
 
-    def retire(self) -> Iterator[tuple[int, Rollout]]:
-        """Hand out what has ended; its slots are `ended`. Syncs with the device."""
-        end_S = self.end_S[: len(self.sequences)].tolist()
-        texts = self._text_ends(end_S)
-        out = []
+    def look(self) -> None:
+        """Learn what has ended, as of `ahead` steps ago. Waits for the device to be there."""
+        now = [(sequence, sequence.drawn) for sequence in self.sequences]
+        wanted = [self.end_S[: len(now)]]
+        if self.engine.stop_text is not None:
+            wanted.append(self.token_ST[: len(now)])
+        self.looks.append(_Look(now, Arriving(wanted)))
+        if len(self.looks) <= self.ahead:
+            return
+        look = self.looks.popleft()
+        end_S, *token = look.arriving.wait()
+        for slot, ((sequence, drawn), end) in enumerate(zip(look.sequences, end_S.tolist(), strict=True)):
+            if sequence.end is None and end <= drawn:
+                sequence.end = end
+            if token:
+                self._read(sequence, token[0][slot, : min(end, drawn)])
+
+    def _read(self, sequence: _Sequence, token_T: Tensor) -> None:
+        """Look for stop strings in the tokens of a response so far: the first one may end it earlier."""
+        stop = self.engine.stop_text
+        if stop is None or len(token_T) <= sequence.read:
+            return
+        start = max(0, sequence.read - stop.overlap_tokens)
+        end = stop.end(token_T[start:].tolist(), sequence.read - start)
+        sequence.read = len(token_T)
+        if end is not None:
+            sequence.end = start + end if sequence.end is None else min(sequence.end, start + end)
+
+    def retire(self) -> None:
+        """Send off the responses that have ended; their slots are `ended`. No sync."""
         for slot, sequence in enumerate(self.sequences):
-            drawn = min(sequence.drawn, self.max_tokens)
-            end = min(end_S[slot], texts.get(slot, end_S[slot]))
-            if end > drawn and drawn < self.max_tokens:
+            if sequence.end is None and sequence.drawn < self.max_tokens:
                 continue
-            out.append((sequence.index, self._rollout(slot, min(end, drawn), truncated=end > drawn)))
+            drawn = min(sequence.drawn, self.max_tokens)
+            rows = [b[slot, :drawn] for b in (self.token_ST, self.logprob_ST, self.policy_logprob_ST)]
+            self.leaving.append(_Leaving(sequence, drawn, Arriving([self.end_S[slot], *rows])))
             self.ended.append(slot)
-        yield from out
 
-    def _rollout(self, slot: int, length: int, *, truncated: bool) -> Rollout:
-        def row(value_ST: Tensor) -> np.ndarray:
-            return value_ST[slot, :length].cpu().numpy().copy()
+    def arrived(self) -> Iterator[tuple[int, Rollout]]:
+        """Hand out the responses that were sent off in earlier turns."""
+        leaving, self.leaving = self.leaving, []
+        for one in leaving:
+            yield one.sequence.index, self._rollout(one)
 
+    def _rollout(self, leaving: _Leaving) -> Rollout:
+        sequence, drawn = leaving.sequence, leaving.drawn
+        end_, token_T, logprob_T, policy_logprob_T = leaving.arriving.wait()
+        end = int(end_)
+        self._read(sequence, token_T[: min(end, drawn)])
+        if sequence.end is not None:
+            end = min(end, sequence.end)
+        length = min(end, drawn)
         rollout = Rollout(
-            prompt_ids=self.sequences[slot].prompt,
-            response_ids=row(self.token_ST),
-            logprob_T=row(self.logprob_ST),
-            truncated=truncated,
-            policy_logprob_T=row(self.policy_logprob_ST),
+            prompt_ids=sequence.prompt,
+            response_ids=token_T[:length].numpy().copy(),
+            logprob_T=logprob_T[:length].numpy().copy(),
+            truncated=end > drawn,
+            policy_logprob_T=policy_logprob_T[:length].numpy().copy(),
         )
         if not (np.isfinite(rollout.logprob_T).all() and np.isfinite(rollout.policy_logprob_T).all()):
             raise FrugalError(
                 "the policy's logits are not finite: the weights or the arithmetic have overflowed; "
                 "go back to an earlier step, or lower learner.lr"
             )
-        self.engine.stats.decoded_tokens += length
+        stats = self.engine.stats
+        stats.decoded_tokens += length
+        in_queue = length if sequence.queue_drawn is None else min(length, sequence.queue_drawn)
+        stats.queue_tokens += in_queue - 1  # the first comes from the prompt
         return rollout
-
-    def _text_ends(self, end_S: list[int]) -> dict[int, int]:
-        """Slots whose text holds a stop string, and how many tokens it takes to complete the first one."""
-        stop = self.engine.stop_text
-        if stop is None:
-            return {}
-        found = {}
-        token_ST = self.token_ST[: len(self.sequences)].cpu()
-        for slot, sequence in enumerate(self.sequences):
-            stop_at = min(end_S[slot], sequence.drawn, self.max_tokens)
-            start = max(0, sequence.read - stop.overlap_tokens)
-            end = stop.end(token_ST[slot, start:stop_at].tolist(), sequence.read - start)
-            if end is not None:
-                found[slot] = start + end
-            sequence.read = stop_at
-        return found
 
     def _close(self, slot: int) -> None:
         """Free a slot: the last active one moves into it. In place."""
@@ -477,4 +546,5 @@ class _Run:
             for buffer in self.per_slot:
                 buffer[slot] = buffer[last]
             self.sequences[slot] = moved
+        self.entry_S[last] = 0  # idle slots see few entries
         self.sequences.pop()

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .cache import SlotCache
+from .transfer import on_device
 
 WINDOW = 8  # queries whose attention is observed, and last entries that stay: Sparse-RL and R-KV
 POOL = 7  # neighbouring entries that share their importance: R-KV, appendix; its code's kernel_size
@@ -353,8 +354,8 @@ class Eviction:
         slot_bytes = kv_heads * longest * size * (8 + 2 * cache.key_LSKCD.element_size())
         step = max(1, EVICTION_BLOCK_BYTES // slot_bytes)
         for start in range(0, len(slots), step):
-            slot_S = torch.tensor(slots[start : start + step], device=cache.device)
-            length_S = torch.tensor(lengths[start : start + step], device=cache.device)
+            slot_S = on_device(slots[start : start + step], cache.device)
+            length_S = on_device(lengths[start : start + step], cache.device)
             for layer in range(len(cache.key_LSKCD)):
                 kept_SKB = self._choose(cache, memory, layer, slot_S, length_S, longest)
                 head_K1 = torch.arange(kv_heads, device=cache.device)[:, None]

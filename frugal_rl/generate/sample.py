@@ -109,7 +109,7 @@ def truncate(logprob_SV: Tensor, truncation: Truncation) -> Tensor:
 
 def inverse_cdf(logprob_SV: Tensor, uniform_S: Tensor) -> Tensor:
     """The token at which the cumulative probability first exceeds uniform * total."""
-    cumulative_SV = logprob_SV.exp().cumsum(dim=-1)
+    cumulative_SV = logprob_SV.exp().cumsum_(dim=-1)
     threshold_S = uniform_S * cumulative_SV[:, -1]
     # float32 rounding may lift the product to the total itself: stay below it
     below_S = torch.nextafter(cumulative_SV[:, -1], torch.zeros_like(threshold_S))
