@@ -106,7 +106,9 @@ def build_base(folder: Path) -> None:
 # --- what compression alone costs
 
 
-def cost_of_compression(folder: Path, budgets: list[int], samples: int, problems: int) -> None:
+def cost_of_compression(
+    folder: Path, methods: list[str], budgets: list[int], samples: int, problems: int
+) -> None:
     """Of the base's sampled answers that are worked out: how many are right, by method and budget."""
     recipe = load_recipe("tiny", settings(folder))
     quiet = Reporter(lambda text: None, lambda row: None)
@@ -134,9 +136,9 @@ def cost_of_compression(folder: Path, budgets: list[int], samples: int, problems
             )
 
         print(f"dense             {share(None)}", flush=True)
-        for method in ("snapkv", "rkv", "h2o", "streaming"):
+        for method in methods:
             for budget in budgets:
-                line = share(Eviction(method, budget, BUFFER))
+                line = share(Eviction(method, budget, BUFFER))  # type: ignore[arg-type]
                 print(f"{method:<10}{budget:>4} + {BUFFER}  {line}", flush=True)
 
 
@@ -274,6 +276,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the base, or of the runs for report")
     parser.add_argument("out", type=Path, nargs="?", help="folder of the runs")
     parser.add_argument("--budgets", default="48,64", help="of `budgets`")
+    parser.add_argument("--methods", default="snapkv,rkv,h2o,streaming", help="of `budgets`")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--problems", type=int, default=PROBLEMS)
     parser.add_argument("--arms", default="dense,naive,sparse-rl")
@@ -287,7 +290,8 @@ def main() -> None:
         build_base(given.folder)
     elif given.what == "budgets":
         budgets = [int(word) for word in given.budgets.split(",")]
-        cost_of_compression(given.folder, budgets, given.samples, given.problems)
+        methods = given.methods.split(",")
+        cost_of_compression(given.folder, methods, budgets, given.samples, given.problems)
     elif given.what == "runs":
         if given.out is None:
             parser.error("runs need OUT, a folder for them")
