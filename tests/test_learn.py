@@ -207,7 +207,7 @@ def test_keeping_states_on_the_host_of_a_gpu_changes_nothing(every: int) -> None
 
 
 def test_attention_gets_no_mask_so_that_it_may_be_a_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right-padded micro-batches: what is causal is all that a response needs. A mask would rule flash out."""
+    """Right-padded micro-batches: causal is all that a response needs. A mask would rule flash out."""
     functional = torch.nn.functional
     attend, seen = functional.scaled_dot_product_attention, []
 
