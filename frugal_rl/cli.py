@@ -52,7 +52,7 @@ def main() -> None:
     # Blocks from 2 MiB in huge pages: freed ones go back to the system at once (memory.return_large_blocks),
     # and getting them anew took a fifth of a 0.5B step's time in pages of 4 KiB. Read when torch is loaded.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # On a GPU, freed neighbours become one free range, whatever their sizes, so the learner's tensors go where
+    # On a GPU, freed neighbours become one free range, whatever their sizes: the learner's tensors go where
     # the KV pool was (torch otherwise keeps blocks by size: one phase's do not suit the other's). The older
     # name, if it is set, would be overruled by this one.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
