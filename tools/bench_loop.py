@@ -14,7 +14,7 @@ the reward is a coin that a checksum of the response throws: random weights earn
 without signal would not be learned from. Such a policy hardly ever stops, so responses have --max-tokens.
 
 Each run is a process of its own under the cap, in which no step begins after --seconds: a call with one run
-is to take at most ten minutes. With --leak the bytes that are held after each step, without the patch's, must
+is to take at most ten minutes. With --leak the bytes of all tensors after each step, without the patch's, must
 not grow by more than 1 % from the first tenth of the steps to the last; where they do the exit code is 1.
 
 Limits: 7B int8 12 GiB with a budget of 512 entries, 7B bf16 and 14B int8 20 GiB. Not measured on a GPU yet.
@@ -23,12 +23,14 @@ Limits: 7B int8 12 GiB with a budget of 512 entries, 7B bf16 and 14B int8 20 GiB
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -82,11 +84,23 @@ def make_recipe(options: argparse.Namespace, folder: Path, form: str) -> Any:
 
 
 def held_bytes(device: Any) -> int:
-    """Now, by tensors on a GPU, by the process on a CPU."""
+    """Of all tensors on the device, now."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
+    gc.collect()
+    with warnings.catch_warnings(action="ignore"):  # of what is only looked at
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in gc.get_objects()
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta
+        }
+    return sum(storages.values())
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize()
 
@@ -155,7 +169,8 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
                 for number in range(1, options.steps + 1):
                     metrics = _step(session, journal, number, reporter)
                     patch = sum(overlay.nbytes for overlay in weights.overlay.values())
-                    steps.append({**metrics, "held_bytes": held_bytes(device) - patch, "patch_bytes": patch})
+                    held_now = {"held_bytes": held_bytes(device) - patch, "resident_bytes": resident_bytes()}
+                    steps.append({**metrics, **held_now, "patch_bytes": patch})
                     if time.perf_counter() - began > options.seconds:
                         break
             except torch.OutOfMemoryError as error:
@@ -182,6 +197,8 @@ def summary(steps: list[dict[str, Any]], held: int) -> dict[str, Any]:
         "patch_bytes": steps[-1]["patch_bytes"],
         "held_first_bytes": first,
         "held_last_bytes": last,
+        "resident_first_bytes": steps[tenth - 1]["resident_bytes"],
+        "resident_last_bytes": steps[-1]["resident_bytes"],
         "grew": last > first * (1 + GROWTH),
     }
 
@@ -196,8 +213,9 @@ def said(row: dict[str, Any]) -> str:
         + (f", planned {size(row['planned_bytes'][name])})" if name in row["planned_bytes"] else ")")
         for name, seconds in row["phase_seconds"].items()
     )
+    speed = f"{row['tokens_per_s']:.0f} tokens/s"
     return (
-        f"{row['steps']} steps, {row['slots']} slots: {phases}; generated {row['tokens_per_s']:.0f} tokens/s; "
+        f"{row['steps']} steps, {row['slots']} slots: {phases}; generated {speed}; "
         f"held {size(row['held_first_bytes'])} -> {size(row['held_last_bytes'])} beside a patch of "
         f"{size(row['patch_bytes'])}"
     )
