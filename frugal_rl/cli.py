@@ -329,6 +329,9 @@ def plan_command(
     from .shapes import find_shape
 
     config = load_recipe(recipe or (PLAN_RECIPE if model else DEFAULT_RECIPE))
+    if model and not recipe:
+        whole = replace(config.model, weights="bf16")
+        config = replace(config, model=whole, rollout=replace(config.rollout, kv_budget=None))
     model = model or config.model.name
     shape, storage_bytes = find_shape(model)
     prompts, samples = prompts or config.rollout.prompts, samples or config.rollout.samples

@@ -14,8 +14,8 @@ the reward is a coin that a checksum of the response throws: random weights earn
 without signal would not be learned from. Such a policy hardly ever stops, so responses have --max-tokens.
 
 Each run is a process of its own under the cap, in which no step begins after --seconds: a call with one run
-is to take at most ten minutes. With --leak the bytes of all tensors after each step, without the patch's, must
-not grow by more than 1 % from the first tenth of the steps to the last; where they do the exit code is 1.
+is to take at most ten minutes. With --leak the bytes of all tensors after each step, without the patch's,
+must not grow by more than 1 % from the first tenth of the steps to the last; else the exit code is 1.
 
 Limits: 7B int8 12 GiB with a budget of 512 entries, 7B bf16 and 14B int8 20 GiB. Not measured on a GPU yet.
 """
