@@ -52,6 +52,11 @@ def main() -> None:
     # Blocks from 2 MiB in huge pages: freed ones go back to the system at once (memory.return_large_blocks),
     # and getting them anew took a fifth of a 0.5B step's time in pages of 4 KiB. Read when torch is loaded.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # On a GPU, freed neighbours become one free range, whatever their sizes: the learner's tensors go where
+    # the KV pool was (torch otherwise keeps blocks by size: one phase's do not suit the other's). The older
+    # name, if it is set, would be overruled by this one.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         cli(standalone_mode=False)
     except InputError as error:
@@ -324,6 +329,9 @@ def plan_command(
     from .shapes import find_shape
 
     config = load_recipe(recipe or (PLAN_RECIPE if model else DEFAULT_RECIPE))
+    if model and not recipe:
+        whole = replace(config.model, weights="bf16")
+        config = replace(config, model=whole, rollout=replace(config.rollout, kv_budget=None))
     model = model or config.model.name
     shape, storage_bytes = find_shape(model)
     prompts, samples = prompts or config.rollout.prompts, samples or config.rollout.samples

@@ -15,8 +15,8 @@ The head never sees a whole batch of logits. With V the vocabulary, z = h W^T / 
 are computed block of rows of W by block, twice: once for the log-probabilities (running maximum and
 sum), and, when g is known, once more for dL/dh and for dL/dW, which leaves block by block.
 
-Fused linear cross-entropies (Liger's, or torch.nn's own from 2.13) take the gradient in the forward pass, so
-each token's weight must be known before; here it depends on the log-probabilities of the whole batch.
+Fused linear cross-entropies (Liger's, PyTorch's own from 2.13) take the gradient in the forward pass, so a
+token's weight must be known before it; here it depends on the log-probabilities of the whole batch.
 
 Sampler and learner share this file and one attention function: what they compute differs only in the
 order of sums. Source: online softmax, arXiv 1805.02867.

@@ -34,9 +34,7 @@ M_MMAP_THRESHOLD = -3  # mallopt's name for it
 CHANGED_SHARE = 0.004
 PATCH_BYTES = 10  # an entry of the patch: its position and the base's bits
 WAITING_BYTES = 10  # an entry that waits for the commit: its position, gradient and bits
-TRAVELLING = (
-    4  # states of a micro-batch on their way to or from the host, besides the one in use (transit.py)
-)
+TRAVELLING = 4  # a micro-batch's states on their way to or from the host (transit.py)
 PAGE_LOCKED_FACTOR = 2  # torch rounds page-locked blocks up to powers of two: less than twice the bytes
 HEAD_BLOCK_BYTES = 32 << 20  # of the head's rows, and of logits, in the compute format (decoder.py)
 PROPOSAL_BYTES = 20 * (4 << 20)  # scratch of a proposal: a few copies of its entries (weights.py)

@@ -30,6 +30,7 @@ from .peaks import Peaks
 from .policy import Policy, best_device, load_policy, load_reference
 from .problems import ProblemSet, load_problems
 from .reward import Verifier
+from .shortage import Surviving
 from .update import make_learner
 
 
@@ -102,7 +103,7 @@ def open_session(
         require(kind)
         form = recipe.model.weights
         policy = load_policy(files, tokenizer, device, form=form, whole=kind in DENSE)
-        engine = make_engine(policy, recipe, divided)
+        engine = make_engine(policy, recipe, divided, report.say)
         if training and recipe.data.solve_samples is not None:
             base = Base(recipe, policy, engine, verifier, truncation_of(recipe))
             problems = drop_never_and_always_solved(problems, base, report.say, solved or {})
@@ -149,7 +150,7 @@ def _check_room(files: ModelFiles, recipe: Recipe, longest_prompt: int) -> None:
         )
 
 
-def make_engine(policy: Policy, recipe: Recipe, divided: Plan) -> Sampler:
+def make_engine(policy: Policy, recipe: Recipe, divided: Plan, say: Callable[[str], None]) -> Sampler:
     strings, compression = recipe.rollout.stop_strings, recipe.rollout.compression
     stop_text = StopText(strings, policy.raw_text) if strings else None
     kind = recipe.rollout.gguf_format
@@ -161,7 +162,7 @@ def make_engine(policy: Policy, recipe: Recipe, divided: Plan) -> Sampler:
         on_gpu = policy.decoder.device.type == "cuda"
         twin = Twin(policy.weights, policy.files.config, kind, on_gpu=on_gpu)
         return LlamaEngine(policy.decoder, twin, divided.slots, policy.stop_ids, stop_text)
-    return Engine(
+    engine = Engine(
         policy.decoder,
         divided.slots,
         policy.stop_ids,
@@ -171,6 +172,7 @@ def make_engine(policy: Policy, recipe: Recipe, divided: Plan) -> Sampler:
         if compression
         else None,
     )
+    return Surviving(engine, policy.decoder.device, say)
 
 
 def truncation_of(recipe: Recipe) -> Truncation:

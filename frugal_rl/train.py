@@ -354,7 +354,7 @@ def _exported(session: Session, patch: Patch, report: Reporter) -> Evaluation | 
     if (
         whole and session.baseline is None
     ):  # llama.cpp sampled: the plan's slots and micro-batches do for the engine too
-        return _heldout(replace(session, engine=make_engine(policy, recipe, session.plan)))
+        return _heldout(replace(session, engine=make_engine(policy, recipe, session.plan, report.say)))
     try:
         divided = divide(
             session.files,
@@ -371,7 +371,7 @@ def _exported(session: Session, patch: Patch, report: Reporter) -> Evaluation | 
         return None
     policy = load_policy(session.files, policy.tokenizer, device)
     policy.weights.write_patch_(patch)
-    return _heldout(replace(session, policy=policy, engine=make_engine(policy, recipe, divided)))
+    return _heldout(replace(session, policy=policy, engine=make_engine(policy, recipe, divided, report.say)))
 
 
 def resume(session: Session, journal: Journal, report: Reporter) -> None:

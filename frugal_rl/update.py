@@ -12,7 +12,6 @@ is a transaction of its own: one that is dropped, or runs out of memory, leaves 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +31,7 @@ from .problems import Problem, order
 from .reward import Judgement
 from .rollout import Rollout
 from .sampled import Sampled
+from .shortage import give_back, is_out_of_memory
 from .storage import Changed
 from .weights import Commit
 
@@ -125,15 +125,8 @@ def within_memory(learner: Learner, say: Say, work: Callable[[], Result]) -> Res
                 ) from error
         learner.micro_tokens = max(1, learner.micro_tokens // 2)
         say(f"out of memory: going on with micro-batches of {learner.micro_tokens} tokens")
-        gc.collect()
-        if learner.decoder.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(learner.decoder.device)
     raise AssertionError("unreachable")
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's has a class of its own, a CPU's only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def preflight(

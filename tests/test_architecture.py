@@ -75,6 +75,7 @@ LEVELS = [
         "generate.engine",
         "generate.llama_library",
         "generate.llamacpp",
+        "shortage",
     ],
     ["baselines", "lora"],
     ["peaks", "sampled", "update", "evaluate", "journal", "curation", "sinks"],

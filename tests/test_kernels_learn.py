@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from frugal_rl.checkpoint import Checkpoint
+from frugal_rl.decoder import Decoder
 from frugal_rl.kernels import choice
+from frugal_rl.learn import Learner
 from frugal_rl.storage import Changed, Overlay, Quantised, Streamed, bits_of
 from frugal_rl.stream import Source
 from frugal_rl.weights import Transaction, Weights
 
-from .conftest import needs_triton
+from .conftest import make_config, make_model, make_rollouts, needs_triton, weights_of
 
 pytestmark = needs_triton
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -241,3 +243,27 @@ def test_the_kernels_compile_for_the_gpus_that_are_meant(tmp_path: Path) -> None
     lines = done.stdout.splitlines()
     assert len(lines) == 16
     assert all(line.endswith(" 0 fused multiply-adds") for line in lines)
+
+
+def test_a_learners_step_with_the_kernels_changes_what_it_changes_without(kernels) -> None:
+    """int8 matrices with changed entries, and a tied head, whose rows are proposed by number."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
+    model = make_model(make_config("qwen2", layers=1, num_key_value_heads=1, **sizes)).bfloat16()
+    results = []
+    for path in ("plain", "triton"):
+        kernels(path)
+        tensors = {k: t.to(DEVICE) for k, t in weights_of(model).tensors.items()}
+        held = {k: Quantised.of(t) if t.ndim == 2 else t for k, t in tensors.items()}
+        weights = Weights(held, compute_dtype=torch.float32)
+        for low in (h for h in weights.held.values() if isinstance(h, Quantised)):
+            position_N = some_positions(low.code_OI.numel(), 0.05)
+            low.overlay = Overlay(position_N, bits_of(random_of(len(position_N), seed=3).bfloat16()))
+        learner = Learner(Decoder(model.config, weights), 0.05, None, 1.0, 60)
+        step = learner.step(make_rollouts(3), lambda logprob_BT: (logprob_BT.mean(), {}))
+        assert step.commit.entries > 50
+        results.append(step.commit.changed)
+    plain, fused = results
+    assert plain.keys() == fused.keys()
+    for name, entries in plain.items():
+        assert torch.equal(entries.position_N, fused[name].position_N)
+        assert torch.equal(entries.after_bits_N, fused[name].after_bits_N)

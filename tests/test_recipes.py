@@ -1,10 +1,14 @@
 """The recipes that travel with the package: each loads, and its header keeps the promises."""
 
+import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from frugal_rl.cli import cli
 from frugal_rl.config import list_recipes, load_recipe, read_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -17,6 +21,7 @@ def test_the_recipes_of_the_readme_exist():
         "gsm8k-qwen2.5-0.5b",
         "gsm8k-qwen2.5-1.5b",
         "math-qwen2.5-7b-24gib",
+        "math-qwen2.5-14b-24gib",
     }
     assert expected <= set(NAMES)
     assert list(list_recipes()) == NAMES
@@ -53,6 +58,30 @@ def test_a_recipe_writes_no_key_that_only_repeats_a_default(name):
         for key, value in table.items():
             default = type(getattr(recipe, section)).__dataclass_fields__[key].default
             assert (section, key) in shown or value != default, f"[{section}] {key}"
+
+
+def test_the_14b_recipe_is_the_7b_one_with_another_model():
+    """So that the 7B one's trial on random weights (test_train.py) is its own too."""
+    small, large = (load_recipe(f"math-qwen2.5-{size}-24gib") for size in ("7b", "14b"))
+    assert replace(large, model=replace(large.model, name=small.model.name)) == small
+
+
+@pytest.mark.parametrize("size", ["7b", "14b"])
+def test_what_was_not_measured_on_a_gpu_is_said_in_so_many_words(size):
+    header = list_recipes()[f"math-qwen2.5-{size}-24gib"]
+    assert "measured peak: not measured yet, no GPU" in header
+
+
+@pytest.mark.parametrize("size", ["7b", "14b"])
+def test_the_plan_in_a_header_is_what_the_command_prints(size):
+    name = f"math-qwen2.5-{size}-24gib"
+    printed = CliRunner().invoke(cli, ["plan", "--recipe", name, "--host-memory", "64GiB", "--json"])
+    planned = json.loads(printed.stdout)["forms"]["int8"]
+    header = list_recipes()[name]
+    for phase in ("generating", "learning", "host"):
+        assert f"{phase} {planned[f'{phase}_bytes'] / 2**30:.1f} GiB" in header
+    assert f"{planned['slots']} slots" in header
+    assert f"micro-batches of {planned['micro_tokens']:,} tokens" in header
 
 
 def test_real_models_learn_at_the_rate_of_the_sgd_paper_and_the_tiny_one_at_its_own():
