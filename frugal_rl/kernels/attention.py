@@ -182,5 +182,6 @@ def decode_attention(
         INTERPRETED=interpreted(),
         num_warps=4,
         num_stages=STAGES,
+        enable_fp_fusion=True,
     )
     return out

@@ -313,7 +313,9 @@ def transposed(x_MI: Tensor) -> Tensor:
     tokens, width = x_MI.shape
     block_m, block_i = max(16, triton.next_power_of_2(tokens)), 64
     out = torch.empty(width, block_m, dtype=x_MI.dtype, device=x_MI.device)
-    _transpose[(triton.cdiv(width, block_i),)](x_MI, out, tokens, width, block_m, block_i, num_warps=4)
+    _transpose[(triton.cdiv(width, block_i),)](
+        x_MI, out, tokens, width, block_m, block_i, num_warps=4, enable_fp_fusion=True
+    )
     return out
 
 
@@ -415,5 +417,6 @@ class Matrix:
             num_warps=config.warps,
             num_stages=config.stages,
             maxnreg=config.registers,
+            enable_fp_fusion=True,
         )
         return out.view(*x.shape[:-1], rows)
