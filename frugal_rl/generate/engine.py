@@ -430,6 +430,7 @@ class _Run:
         seen: dict[str, object] = {"past_key_values": cache}
         if not isinstance(cache, Prefill):
             seen["slot_mask"] = cache.mask
+            seen["ends_together"] = isinstance(cache, Extend)
         if self.memory is not None:
             seen["observe"] = partial(self.memory.observe, cache.slot_B, start_B, end_B)
         return seen
