@@ -33,6 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 from torch.torch_version import TorchVersion
 
 from .errors import InputError
@@ -75,6 +77,7 @@ def attention(
     slot_mask: Tensor | None = None,
     observe: Observe | None = None,
     live: Live | None = None,
+    ends_together: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention over a right-padded batch, or queries over the entries of their slots' caches.
@@ -82,7 +85,8 @@ def attention(
     Shapes: query [B, H, T, D], key and value [B, K, C, D]; `slot_mask` bool [B, 1, T, C], True where
     a query sees an entry. Heads share keys by groups of H / K. Returns [B, T, H, D]. `observe` is shown
     what attends to what before it does; it changes nothing here. With `live`, whose lengths say what the
-    mask does, one query a slot goes through the kernel where it fits.
+    mask does, one query a slot goes through the kernel where it fits. `ends_together`: the mask is that of
+    causal attention whose last query sees the last entry; where flash attention is to be had it needs none.
     """
     if observe is not None:
         assert scaling is not None, "every supported model says how it scales"
@@ -100,12 +104,23 @@ def attention(
             query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=group > 1
         )
         return out.transpose(1, 2), None
+    if ends_together and _flash_fits(query, key, value):
+        bias = causal_lower_right(query.shape[2], key.shape[2])
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, scale=scaling, enable_gqa=group > 1
+        )
+        return out.transpose(1, 2), None
     # the queries that share keys stand beside each other, [B, K, G T, D]: no key is repeated
     grouped = query.reshape(query.shape[0], key.shape[1], group * query.shape[2], query.shape[3])
     if query.shape[2] > 1:
         slot_mask = slot_mask.repeat(1, 1, group, 1)
     out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=slot_mask, scale=scaling)
     return out.reshape(query.shape).transpose(1, 2), None
+
+
+def _flash_fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether flash attention takes these; it shares keys by groups itself."""
+    return query.is_cuda and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, True))
 
 
 @dataclass(frozen=True)

@@ -276,6 +276,24 @@ def test_how_late_ends_are_seen_changes_nothing(ahead: int, temperature: float) 
             np.testing.assert_allclose(one.logprob_T, other.logprob_T, atol=1e-5)
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_slots_are_busy_nine_tenths_of_the_time_until_the_queue_is_empty(ahead: int) -> None:
+    """With ragged lengths: a stop token in 1 of about 40 tokens, 80 at most."""
+    _, decoder = make_decoder("llama", layers=1)
+    engine = Engine(decoder, 8, frozenset({5, 7}), 1000, ahead=ahead)
+    requests = [Request((9 + n,), (n, g)) for n in range(16) for g in range(4)]
+    out = [r for _, r in engine.generate(requests, max_tokens=80, temperature=1.0)]
+    lengths = [len(r.response_ids) for r in out]
+    assert np.std(lengths) > 10
+    stats = engine.stats
+    assert stats.queue_tokens >= 0.9 * 8 * stats.queue_steps
+    # all tokens but those of prompts and of the tail: a count that is wrong would not know them
+    assert sum(lengths) - 64 - 8 * 80 <= stats.queue_tokens <= sum(lengths) - 64
+    assert stats.queue_tokens <= 8 * stats.queue_steps
+    # an idle slot has ended unseen: for `ahead` steps, and one more where the first token was the end
+    assert 8 * stats.queue_steps - stats.queue_tokens <= ahead * 64 + lengths.count(1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_a_prompt_in_chunks_gives_the_tokens_of_the_whole(kind: str, chunk: int) -> None:
@@ -283,6 +301,28 @@ def test_a_prompt_in_chunks_gives_the_tokens_of_the_whole(kind: str, chunk: int)
     requests = make_requests(9, 2)
     whole = run(Engine(decoder, 5, STOPS, 1000), requests, 1.0)
     chunked = run(Engine(decoder, 5, STOPS, chunk), requests, 1.0)
+    for one, other in zip(whole, chunked, strict=True):
+        assert one.response_ids.tolist() == other.response_ids.tolist()
+        np.testing.assert_allclose(one.logprob_T, other.logprob_T, atol=1e-5)  # order of sums
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_chunks_without_a_mask_give_the_tokens_of_the_whole(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there is flash attention; here PyTorch makes a mask of it."""
+    _, decoder = make_decoder("qwen2")
+    requests = make_requests(9, 2)
+    whole = run(Engine(decoder, 5, STOPS, 1000), requests, 1.0)
+    asked: list[tuple[int, int]] = []
+
+    def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+        asked.append((query.shape[2], key.shape[2]))
+        return True
+
+    monkeypatch.setattr("frugal_rl.decoder._flash_fits", fits)
+    chunked = run(Engine(decoder, 5, STOPS, chunk), requests, 1.0)
+    assert any(queries < entries for queries, entries in asked)
     for one, other in zip(whole, chunked, strict=True):
         assert one.response_ids.tolist() == other.response_ids.tolist()
         np.testing.assert_allclose(one.logprob_T, other.logprob_T, atol=1e-5)  # order of sums

@@ -430,6 +430,7 @@ class _Run:
         seen: dict[str, object] = {"past_key_values": cache}
         if not isinstance(cache, Prefill):
             seen["slot_mask"] = cache.mask
+            seen["ends_together"] = isinstance(cache, Extend)
         if isinstance(cache, Decode):
             seen["live"] = cache.live
         if self.memory is not None:
