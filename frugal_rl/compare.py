@@ -360,16 +360,13 @@ def _arm(study: Study, arm: Arm, failed: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _phase_peak(runs: Sequence[Mapping[str, Any]], phase: str) -> float | None:
-    """Above what the process held before its weights: of all steps the most, mean over the runs.
-
-    None where it is unknown of a step.
-    """
+    """Of all steps the most, mean over the runs; None where it is unknown of a step."""
     most = []
     for run in runs:
         peaks = [row["phase_peak_bytes"][phase] for row in run["steps"]]
         if None in peaks:
             return None
-        most.append(max(peaks) - run["summary"]["held_memory_bytes"])
+        most.append(max(peaks))
     return sum(most) / len(most)
 
 
@@ -383,7 +380,6 @@ _SUMMED = (
     "train_seconds",
     "weights_bytes",
     "optimizer_bytes",
-    "held_memory_bytes",
     "peak_memory_bytes",
 )
 

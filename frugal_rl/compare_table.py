@@ -11,6 +11,7 @@ from .console import size
 
 Row = tuple[str, list[str]]
 Results = Mapping[str, Any]
+APART = 0.2  # of accuracy between two seeds of a rate: more, and the rate is called unstable
 
 
 def rows(results: Results) -> tuple[list[str], list[Row]]:
@@ -40,10 +41,9 @@ def rows(results: Results) -> tuple[list[str], list[Row]]:
     row("changed entries, by more than 1e-5", lambda v: f"{v['changed_1e5'] / v['parameters']:.2%}")
     row("patch (lora: the merged delta), bytes", lambda v: f"{v['patch_bytes']:,.0f}")
     row("adapter, bytes", lambda v: f"{v['adapter_bytes']:,.0f}" if "adapter_bytes" in v else "-")
-    row("peak memory of the process", lambda v: _bytes(v["peak_memory_bytes"]))
-    row("  libraries, before the weights", lambda v: _bytes(v["held_memory_bytes"]))
+    row("peak memory, its libraries included", lambda v: _bytes(v["peak_memory_bytes"]))
     for phase in PHASES:
-        row(f"  peak above them: {phase}", lambda v, phase=phase: _peak(v["phase_peak_bytes"][phase]))  # type: ignore[misc]
+        row(f"  of the phase {phase}", lambda v, phase=phase: _peak(v["phase_peak_bytes"][phase]))  # type: ignore[misc]
     row("  weights and patch in memory", lambda v: _bytes(v["weights_bytes"]))
     row("  masters, states or adapters", lambda v: _bytes(v["optimizer_bytes"]))
     row("  gradient of the whole model", lambda v: _bytes(v["gradient_bytes"]))
@@ -70,9 +70,16 @@ def _rate(value: Mapping[str, Any]) -> str:
     return f"{value['lr']:g}{' (edge)' if value['edge'] else ''}"
 
 
+def _last(value: Mapping[str, Any]) -> list[float]:
+    return [run["curve"][-1]["accuracy"] for run in value["runs"]]
+
+
 def _spread(value: Mapping[str, Any]) -> str:
-    last = [run["curve"][-1]["accuracy"] for run in value["runs"]]
-    return f"{min(last):.1%}, {max(last):.1%}"
+    return f"{min(_last(value)):.1%}, {max(_last(value)):.1%}"
+
+
+def _apart(value: Mapping[str, Any]) -> float:
+    return max(_last(value)) - min(_last(value))
 
 
 def _against(value: Mapping[str, Any]) -> str:
@@ -126,6 +133,11 @@ def notes(results: Results) -> list[str]:
         elif value["edge"]:
             out.append(
                 f"{name}: the best learning rate is at the edge of its grid; a wider one may do better"
+            )
+        if "error" not in value and (apart := _apart(value)) > APART:
+            out.append(
+                f"{name}: its seeds end {100 * apart:.0f} points apart: the learning rate, chosen on the "
+                "first seed, is not a stable one; name a grid without it (--lr-grid)"
             )
         if "error" not in value and len(value["seeds_finished"]) < len(results["seeds"]):
             seeds = ", ".join(map(str, value["seeds_finished"]))

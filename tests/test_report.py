@@ -43,6 +43,7 @@ def test_numbers_are_brief(value: float, shown: str) -> None:
     assert plots.brief(value) == shown
     assert plots.percent(0.0712) == "7.12 %"
     assert plots.mebibytes(300 * 2**20) == "300 MiB"
+    assert plots.mebibytes(1000 * 2**20) == "1000 MiB"
 
 
 def test_a_drawing_has_its_plots_beside_and_below_each_other_and_none_overlap() -> None:

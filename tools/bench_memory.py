@@ -39,13 +39,16 @@ time, 109 with blocks up to 32 MiB kept).
     sgd       2 x 32                          2.6 GiB                      85
     adamw     2 x 32                          4.4 GiB                      92
 
-Baselines (`learner-ARM`, busy machine, two steps, the second timed; over 340 to 395 MiB, which is more with
-bitsandbytes or peft), budget 64GiB; int8 and bf16 with the same: 747 MiB and 1.2 GiB.
+Baselines (`learner-ARM`: two steps, the second timed, so that all states are in place) with plain SGD beside
+them in one run of this script, `--sequences 2 --tokens 64`, budget 64GiB, busy machine; over 422 to 475 MiB,
+the more with bitsandbytes or peft. The last column: of int8's memory.
 
-    learner-lora-int8:16  2 x 64                  816 MiB    740 MiB   1       12
-    learner-lora:16       2 x 64                  1.3 GiB    1.2 GiB   1       7
-    learner-adamw8bit     2 x 64                  8.2 GiB    5.7 GiB   1       40
-    learner-adamw         2 x 64                  8.8 GiB    8.4 GiB   1       21
+    int8                  2 x 64              754 MiB    756 MiB   1       23     1
+    learner-lora-int8:16  2 x 64              813 MiB    740 MiB   1       13     1.08
+    bf16                  2 x 64              1.2 GiB    1.2 GiB   1       13     1.58
+    learner-lora:16       2 x 64              1.2 GiB    1.2 GiB   1       6      1.69
+    learner-adamw8bit     2 x 64              8.2 GiB    5.7 GiB   1       28     11.2
+    learner-adamw         2 x 64              8.8 GiB    8.4 GiB   1       11     12.0
 
 bitsandbytes' 8-bit step on a CPU takes float32 scratch for the whole tensor, here the embedding; its masters
 and states are 2.8 GiB, those of adamw 5.5; the gradient is 1.8.

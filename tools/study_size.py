@@ -9,9 +9,9 @@ same short task in the same way (build_tiny.train): the last digit of a sum of f
 (`7+8=15;5+6=11;1+9=10;0`) in a third of the answers of the last lessons and guessed (`=0`) in the others.
 So a base is right where it works the sum out, and has a habit to change, as the embedded one has.
 
-Each size is trained by GRPO at every rate of `RATES` on the first seed, and at the best on the others: best
-is the highest training reward, mean over the second half of the steps. bf16 weights, clip 1, one step a
-batch. A run that is finished is not repeated.
+Each size is trained by GRPO on the first seed at the middle three of `RATES`, and at the next one as long as
+the best is at an edge; then at the best on the other seeds. Best is the highest training reward, mean over
+the second half of the steps. bf16 weights, clip 1, one step a batch. A run that is finished is not repeated.
 
 Beside them stand what papers report of LLMs (`PAPERS`), of other tasks, batches and numbers of steps.
 """
@@ -36,7 +36,7 @@ from frugal_rl.report.page import Key, Panel, drawing
 from frugal_rl.report.plots import Series, brief, lines, percent
 
 HIDDEN: Final = {"1M": 128, "10M": 448, "28M": 768}
-RATES: Final = (0.01, 0.03, 0.1, 0.3)
+RATES: Final = (0.003, 0.01, 0.03, 0.1, 0.3)
 STEPS: Final = 15
 PROMPTS, SAMPLES, HELDOUT = 8, 8, 200
 SKILL_STEPS: Final = {"1M": 230, "10M": 90, "28M": 80}  # the loss of the worked answers is then below 0.05
@@ -194,9 +194,16 @@ def best_rate(found: dict[float, list[dict[str, Any]]]) -> float:
 
 
 def run_size(out: Path, size: str, seeds: int) -> None:
-    for rate in RATES:
-        run(out, size, rate, 0)
-    best = best_rate(finished(out, size))
+    low, high = 1, len(RATES) - 2
+    while True:
+        for rate in RATES[low : high + 1]:
+            run(out, size, rate, 0)
+        best = best_rate(finished(out, size))
+        at = RATES.index(best)
+        wider = max(0, min(low, at - 1)), min(len(RATES) - 1, max(high, at + 1))
+        if wider == (low, high):
+            break
+        low, high = wider
     for seed in range(1, seeds):
         run(out, size, best, seed)
 

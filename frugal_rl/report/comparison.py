@@ -149,13 +149,13 @@ def _peaks_figure(arms: Mapping[str, Mapping[str, Any]]) -> str:
             parts,
             PHASES,
             label="peak memory of each phase",
-            x_title="bytes above the libraries'",
+            x_title="bytes",
             x_format=mebibytes,
             make_ticks=byte_ticks,
         ),
         keys=_keys(PHASES),
-        note="Of all steps the most, mean over the seeds. On a CPU it is resident memory, what was freed but "
-        "kept included; the parts are in the table.",
+        note="Of all steps the most, mean over the seeds. On a CPU it is the process's resident memory, with "
+        "its libraries (bitsandbytes and peft import more) and what it freed but kept.",
         numbers=table(
             ["arm", *PHASES],
             [[name, *("unknown" if x is None else mebibytes(x) for x in sizes)] for name, sizes in parts],

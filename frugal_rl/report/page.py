@@ -97,7 +97,8 @@ pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere; border: 0; padding: 4
 """
 
 DRAWING_CSS = """
-svg { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+svg { overflow: visible; font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue",
+  sans-serif; }
 svg .ground { fill: var(--card); }
 svg .title { fill: var(--ink); font-size: 13px; font-weight: 600; }
 """
@@ -222,7 +223,7 @@ def folded(title: str, body: str) -> str:
 
 def drawing(panels: Sequence[Panel], columns: int = 2) -> str:
     """An SVG file of several plots, light and dark, for where a page cannot be shown."""
-    gap, line, letter, width, head = 16, 16, 6.0, SMALL, 26
+    gap, line, letter, width, head = 16, 16, 6.8, SMALL, 26
     parts, tops = [], [float(gap)]
     for first in range(0, len(panels), columns):
         row, top = panels[first : first + columns], tops[-1]

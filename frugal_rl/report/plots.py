@@ -83,7 +83,9 @@ def percent(value: float) -> str:
 
 def mebibytes(value: float) -> str:
     """Bytes, as MiB or GiB."""
-    return f"{value / 2**30:.3g} GiB" if abs(value) >= 2**30 else f"{value / 2**20:.3g} MiB"
+    if abs(value) >= 2**30:
+        return f"{value / 2**30:.3g} GiB"
+    return f"{value / 2**20:.3g} MiB" if abs(value) < 1000 * 2**20 else f"{value / 2**20:.0f} MiB"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -298,7 +300,7 @@ def bars(
         return _empty(width, label)
     thick, top = 12, 8
     row_height = (thick if stacked else thick * len(names)) + 9
-    left = min(width * 0.4, 12 + 6.2 * max(len(text) for text, _ in rows))
+    left = min(width * 0.4, 12 + 6.8 * max(len(text) for text, _ in rows))
     height, inner = top + row_height * len(rows) + BOTTOM, width - left - 52
     marks = make_ticks(0, most, 4)
     parts = []
