@@ -9,9 +9,9 @@ same short task in the same way (build_tiny.train): the last digit of a sum of f
 (`7+8=15;5+6=11;1+9=10;0`) in a third of the answers of the last lessons and guessed (`=0`) in the others.
 So a base is right where it works the sum out, and has a habit to change, as the embedded one has.
 
-Each size is trained by GRPO on the first seed at the middle three of `RATES`, and at the next one as long as
-the best is at an edge; then at the best on the other seeds. Best is the highest training reward, mean over
-the second half of the steps. bf16 weights, clip 1, one step a batch. A run that is finished is not repeated.
+Each size is trained by GRPO at the middle three of `RATES`, and at the next one as long as the best is at an
+edge. Best is the highest training reward, mean over the second half of the steps and the seeds. bf16 weights,
+clip 1, one step a batch. A run that is finished is not repeated.
 
 Beside them stand what papers report of LLMs (`PAPERS`), of other tasks, batches and numbers of steps.
 """
@@ -27,7 +27,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -189,23 +189,19 @@ def finished(out: Path, size: str) -> dict[float, list[dict[str, Any]]]:
 
 
 def best_rate(found: dict[float, list[dict[str, Any]]]) -> float:
-    """By the first seed."""
-    return max(found, key=lambda rate: found[rate][0]["reward"])
+    return max(found, key=lambda rate: mean(found[rate], "reward"))
 
 
 def run_size(out: Path, size: str, seeds: int) -> None:
     low, high = 1, len(RATES) - 2
     while True:
-        for rate in RATES[low : high + 1]:
-            run(out, size, rate, 0)
-        best = best_rate(finished(out, size))
-        at = RATES.index(best)
+        for rate, seed in itertools.product(RATES[low : high + 1], range(seeds)):
+            run(out, size, rate, seed)
+        at = RATES.index(best_rate(finished(out, size)))
         wider = max(0, min(low, at - 1)), min(len(RATES) - 1, max(high, at + 1))
         if wider == (low, high):
-            break
+            return
         low, high = wider
-    for seed in range(1, seeds):
-        run(out, size, best, seed)
 
 
 # --- the table and the plot
@@ -247,24 +243,28 @@ def mean(runs: Sequence[dict[str, Any]], key: str) -> float:
 
 
 def plot(sizes: dict[str, dict[float, list[dict[str, Any]]]]) -> str:
-    """Shares and rates are drawn by their logarithms."""
-    best = {size: found[best_rate(found)] for size, found in sizes.items()}
+    """Sizes, rates and shares are drawn by their logarithms."""
+    best = [found[best_rate(found)] for found in sizes.values()]
+    same = [found[PAPERS_RATE] for found in sizes.values() if PAPERS_RATE in found]
     shares = [
-        Series(name, [logs(runs[0]["parameters"], mean(runs, key)) for runs in best.values()], dots=True)
+        Series(name, [logs(runs[0]["parameters"], mean(runs, key)) for runs in same], dots=True)
         for name, key in (("any bit, here", "any_bit"), ("more than 1e-5, here", "by_1e5"))
     ]
     shares += [Series(f"{p.rule}, {p.source}", [logs(*at) for at in p.points], dots=True) for p in PAPERS]
     rates = [
-        Series("best of its grid, here", [logs(r[0]["parameters"], r[0]["rate"]) for r in best.values()]),
+        Series("best of its grid, here", [logs(r[0]["parameters"], r[0]["rate"]) for r in best]),
         Series("arXiv 2602.07729 and a replication", [logs(n, PAPERS_RATE) for n in (1.7e9, 7.6e9, 8e9)]),
     ]
     rates = [Series(one.name, one.points, dots=True) for one in rates]
 
-    def by_rate(key: str) -> list[Series]:
-        return [
-            Series(size, [(math.log10(rate), mean(runs, key)) for rate, runs in found.items()], dots=True)
-            for size, found in sizes.items()
-        ]
+    def by_rate(key: str, scale: Callable[[float], float]) -> list[Series]:
+        """Mean over the seeds; the band goes from the lowest to the highest."""
+        out = []
+        for size, found in sizes.items():
+            at = [(math.log10(rate), [scale(run[key]) for run in runs]) for rate, runs in found.items()]
+            means = [(x, sum(ys) / len(ys)) for x, ys in at]
+            out.append(Series(size, means, band=[(x, min(ys), max(ys)) for x, ys in at], dots=True))
+        return out
 
     def powers(low: float, high: float, count: int) -> list[float]:
         return [float(n) for n in range(math.floor(low), math.ceil(high) + 1)]
@@ -274,10 +274,7 @@ def plot(sizes: dict[str, dict[float, list[dict[str, Any]]]]) -> str:
 
     parameters: dict[str, Any] = {"x_title": "parameters", "x_format": amount, "make_ticks": powers}
     rate: dict[str, Any] = {"x_title": "learning rate", "x_format": amount}
-    log_shares = [
-        Series(one.name, [(x, math.log10(y or 1e-12)) for x, y in one.points], dots=True)
-        for one in by_rate("any_bit")
-    ]
+    rewards, changed = by_rate("reward", float), by_rate("any_bit", math.log10)
 
     def log_percent(power: float) -> str:
         return percent(10**power)
@@ -285,7 +282,7 @@ def plot(sizes: dict[str, dict[float, list[dict[str, Any]]]]) -> str:
     return drawing(
         [
             Panel(
-                "Changed entries, best learning rate",
+                f"Changed entries, learning rate {PAPERS_RATE:g} for all",
                 lines(shares, label="changed entries by size", y_format=log_percent, **parameters),
                 _keys(shares),
             ),
@@ -296,19 +293,19 @@ def plot(sizes: dict[str, dict[float, list[dict[str, Any]]]]) -> str:
             ),
             Panel(
                 "Training reward, second half of the steps",
-                lines(by_rate("reward"), label="reward by learning rate", y_low=0, y_high=1, **rate),
-                _keys(log_shares),
+                lines(rewards, label="reward by learning rate", y_low=0, y_high=1, **rate),
+                _keys(rewards),
             ),
             Panel(
                 "Changed entries, any bit",
                 lines(
-                    log_shares,
+                    changed,
                     label="changed entries by learning rate",
                     y_format=log_percent,
                     make_ticks=powers,
                     **rate,
                 ),
-                _keys(log_shares),
+                _keys(changed),
             ),
         ]
     )
@@ -332,7 +329,7 @@ def main() -> None:
     parser.add_argument("what", choices=["bases", "runs", "report"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--sizes", default=",".join(HIDDEN))
-    parser.add_argument("--seeds", type=int, default=2, help="runs at the best rate [2]")
+    parser.add_argument("--seeds", type=int, default=2, help="of each rate [2]")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.what == "report":
