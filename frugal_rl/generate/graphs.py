@@ -28,7 +28,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -69,8 +69,7 @@ class CudaGraphs:
         self.device = device
         # of this call alone: a pool whose graphs are gone cannot be captured into again
         self._pool = torch.cuda.graph_pool_handle()
-        # the same for warming up and capturing: cuBLAS has a workspace for each stream
-        self._stream = torch.cuda.Stream(device)
+        self._stream = side_stream(device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def run(self, step: Action) -> None:
@@ -105,6 +104,12 @@ class CudaGraphs:
             graph.reset()
         self._graphs = []
         torch.cuda.empty_cache()
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps warm up and are captured. One for all calls: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
