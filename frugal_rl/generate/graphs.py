@@ -1,8 +1,8 @@
 """A decode step that is captured once and then replayed: its kernels are launched by the device itself.
 
-A step of a 7B model is about a thousand kernels; launching them one by one from Python takes longer than
-running them. `Steps` runs a step of some shape as it is the first time, captures it, and replays it from then
-on. What a replay does is fixed but for the values in the buffers that the step reads and writes, so a step
+A step is hundreds of kernels, each over in microseconds: launched from Python one by one, the device would
+wait for the next. `Steps` runs a step of some shape as it is the first time, captures it, and replays it from
+then on. What a replay does is fixed but for the values in the buffers that it reads and writes, so a step
 
 - has shapes that follow from its arguments alone (`rung`: few of them, each a graph);
 - reads from and writes to buffers that live as long as the graphs, and leaves nothing else behind;
