@@ -40,6 +40,7 @@ HEAD_BLOCK_BYTES = 32 << 20  # of the head's rows, and of logits, in the compute
 PROPOSAL_BYTES = 20 * (4 << 20)  # scratch of a proposal: a few copies of its entries (weights.py)
 RESIDENT_BYTES = 64 << 20  # copies of all layers may stay while sampling, up to this (decoder.py)
 WINDOW_QUERIES = 8  # that rkv and snapkv remember of each slot (generate/eviction.py)
+GRAPH_BYTES = 32 << 20  # cuBLAS' workspace of the stream that decode steps are captured on, at most
 EVICTION_BYTES = 4 * (8 << 20)  # its temporaries, each of at most a block (generate/eviction.py)
 # llama.cpp as the sampler: bytes of an entry by its format, tokens of a batch, sequences at a time (256 is
 # its limit, one stream is spare); its cache is float16, for each sequence a multiple of so many entries
@@ -254,13 +255,16 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     entries = 2 * shape.layers * shape.kv_heads * shape.head_size * held * compute
     remembered = _remembered_bytes(shape, work.eviction, held, compute)
     logits = 3 * FLOAT32_BYTES * shape.vocabulary  # logits, their softmax and its sum
-    slot = entries + remembered + logits
+    # on a GPU what a step needs stays in the graphs' pool (generate/graphs.py), while prompts run too
+    captured = token if work.has_host and work.gguf is None else 0
+    slot = entries + remembered + logits + captured
     generating = {
         "weights": weights,
         "layer copies": max(whole if whole <= RESIDENT_BYTES else 0, layer * together) if copied else 0,
         "patch": changed * form.patch_bytes,
         "prefill": work.longest * token,  # one prompt at a time at least
         **({"eviction": EVICTION_BYTES} if work.eviction else {}),
+        **({"decode graphs": GRAPH_BYTES} if captured else {}),
     }
     copy = {}
     if work.gguf is not None:  # llama.cpp computes: the engine's layer copies and prefill are not there
@@ -313,6 +317,8 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     micro = max(work.longest, min(fitting, most, work.sequences * work.longest))
     if work.eviction:
         generating["eviction"] += slots * remembered
+    if captured:
+        generating["decode graphs"] += slots * captured
     return Plan(
         slots=slots,
         micro_tokens=micro,
@@ -324,7 +330,7 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
         generating={
             **generating,
             "KV pool": slots * entries,
-            "logits": slots * (slot - entries - remembered),
+            "logits": slots * (slot - entries - remembered - captured),
         },
         learning={
             **learning,

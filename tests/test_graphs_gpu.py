@@ -88,7 +88,7 @@ def test_graphs_draw_the_tokens_of_the_step_itself(
     decoder = make_decoder(form)
     engine = make_engine(decoder, method)
     replayed = generate(engine, temperature)
-    assert 2 < engine.stats.graphs < engine.stats.decode_steps / 2
+    assert 0 < engine.stats.graphs < engine.stats.decode_steps / 2
     assert bool(engine.stats.evictions) == (method is not None)
     monkeypatch.setenv(SWITCH, "off")
     plain = generate(engine, temperature)

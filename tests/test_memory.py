@@ -286,6 +286,15 @@ def test_the_table_names_every_part_and_says_what_does_not_fit() -> None:
     assert re.split(r"  +", verdict.strip()) == ["does not fit", "fits", "fits"]
 
 
+def test_on_a_gpu_decode_steps_have_memory_of_their_own() -> None:
+    found = make_plan(eviction="h2o", kv_entries=640)
+    token = (5 * 3584 + (4 * 28 + 3 * 4) * 128 + 6 * 18944) * 2 + 4 * 3584 * 4
+    assert found.generating["decode graphs"] == (32 << 20) + found.slots * token
+    assert found.generating["logits"] == found.slots * 3 * 4 * 152064
+    assert "decode graphs" not in make_plan(64, has_host=False).generating
+    assert "decode graphs" not in make_plan(shape=Shape.from_config(QWEN_05B), gguf="q8_0").generating
+
+
 def test_llama_cpps_copy_takes_memory_in_both_phases_and_its_cache_while_generating() -> None:
     shape = Shape.from_config(QWEN_05B)
     own, copied = make_plan(shape=shape), make_plan(shape=shape, gguf="q8_0")

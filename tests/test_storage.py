@@ -15,7 +15,7 @@ from frugal_rl.generate.engine import Engine
 from frugal_rl.learn import Learner
 from frugal_rl.patch import AlreadyApplied, BaseInfo, WrongBase
 from frugal_rl.rollout import Request
-from frugal_rl.storage import Quantised, bits_of
+from frugal_rl.storage import Changed, Quantised, bits_of
 from frugal_rl.weights import Transaction, Weights, export
 
 from .conftest import KINDS, VOCABULARY, make_config, make_model, make_rollouts, save_folder, weights_of
@@ -205,6 +205,43 @@ def test_rows_lookup_load_and_entries_read_the_same_policy() -> None:
         assert torch.equal(weights.lookup(name, index_BT), dense[index_BT])
         position_N = torch.randint(0, dense.numel(), (200,), generator=torch.Generator().manual_seed(0))
         assert torch.equal(weights.held[name].at(position_N).float(), dense.view(-1)[position_N])
+
+
+@pytest.mark.parametrize("laid", [1, 50, storage.LAID])
+def test_rows_with_any_number_of_changed_entries_are_those_of_the_dense_twin(
+    laid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "LAID", laid)
+    held = Quantised.of(make_tensors()["c"])
+    rows = torch.tensor([[63, 0, 7], [5, 63, 7], [40, 41, 0]])
+    mask = torch.zeros(held.shape, dtype=torch.bool)
+    for changes in ([(7, slice(0, 100))], [(63, slice(99, 100)), (0, slice(0, 3))], [(41, slice(50, 52))]):
+        for row, columns in changes:  # a whole row, both ends, one amid empty ones
+            mask[row, columns] = True
+        position_N = torch.nonzero(mask.view(-1)).view(-1)
+        before_N = held.at(position_N)
+        held.write_(Changed(position_N, bits_of(before_N), bits_of(before_N + 1.0)))
+        dense = held.copy_to_(torch.empty(held.shape, dtype=torch.bfloat16))
+        assert torch.equal(held.rows(rows, torch.bfloat16), dense[rows])
+        assert torch.equal(held.rows(slice(5, 42), torch.float32), dense[5:42].float())
+
+
+def test_the_device_is_asked_once_about_the_positions_until_there_are_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = quantised(make_tensors())
+    held, rows = weights.held["c"], torch.tensor([3, 9])
+    asked: list[str] = []
+    for name, call in (("bincount", torch.bincount), ("tolist", torch.Tensor.tolist)):
+        of = torch if name == "bincount" else torch.Tensor
+        monkeypatch.setattr(of, name, lambda *a, n=name, c=call: asked.append(n) or c(*a))
+    for step in range(2):
+        commit(weights, make_gradients(seed=step), 0.3, None)
+        asked.clear()
+        for _ in range(3):
+            held.rows(rows, torch.float32)
+            held.rows(slice(0, 9), torch.float32)
+        assert asked == ["bincount", "tolist"]
 
 
 def test_base_takes_the_patch_off_and_puts_it_back() -> None:

@@ -1,8 +1,8 @@
 """A decode step that is captured once and then replayed: its kernels are launched by the device itself.
 
-A step of a 7B model is about a thousand kernels; launching them one by one from Python takes longer than
-running them. `Steps` runs a step of some shape as it is the first time, captures it, and replays it from then
-on. What a replay does is fixed but for the values in the buffers that the step reads and writes, so a step
+A step is hundreds of kernels, each over in microseconds: launched from Python one by one, the device would
+wait for the next. `Steps` runs a step of some shape as it is the first time, captures it, and replays it from
+then on. What a replay does is fixed but for the values in the buffers that it reads and writes, so a step
 
 - has shapes that follow from its arguments alone (`rung`: few of them, each a graph);
 - reads from and writes to buffers that live as long as the graphs, and leaves nothing else behind;
@@ -28,7 +28,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 import torch
@@ -69,8 +69,7 @@ class CudaGraphs:
         self.device = device
         # of this call alone: a pool whose graphs are gone cannot be captured into again
         self._pool = torch.cuda.graph_pool_handle()
-        # the same for warming up and capturing: cuBLAS has a workspace for each stream
-        self._stream = torch.cuda.Stream(device)
+        self._stream = side_stream(device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def run(self, step: Action) -> None:
@@ -105,6 +104,12 @@ class CudaGraphs:
             graph.reset()
         self._graphs = []
         torch.cuda.empty_cache()
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps warm up and are captured. One for all calls: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
