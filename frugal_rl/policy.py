@@ -53,12 +53,13 @@ def load_policy(
     """
     config = load_config(files)
     check_supported(config)
+    names = parameter_names(config)  # imports the model's class: libraries, too
     held = peak_resident_bytes() if device.type == "cpu" else torch.cuda.memory_allocated(device)
     weights = Weights.from_checkpoint(
         files.folder,
         device,
         name=files.name,
-        names=parameter_names(config),
+        names=names,
         quantise=form in ("int8", "host"),
         stream=form == "host",
         whole=whole,

@@ -7,10 +7,10 @@ process of its own. TRL trains the checkpoint in float32 (bf16 products are slow
 with its own generation, one optimizer step a rollout batch and no KL. The first step of each is a warm-up and
 is left out. Needs trl, a dependency of this script only.
 
-Measured on one core of an AMD EPYC, torch 2.13, transformers 5.23, trl 1.16, OMP_NUM_THREADS=1, --steps 8: ours
-1.14 s a step (0.84 to 1.18), 701 MiB with TRL's own dependencies on the path (about 490 without); TRL 3.98 s
-(3.78 to 4.20), 1589 MiB. Ours is 3.49 times as fast, with 0.44 of the memory. Before a group's responses stood
-behind one prompt in the learner it was 2.09 times.
+Measured on one core of an AMD EPYC, torch 2.13, transformers 5.23, trl 1.16, OMP_NUM_THREADS=1, --steps 8:
+ours 1.14 s a step (0.84 to 1.18), 701 MiB with TRL's own dependencies on the path; TRL 3.98 s (3.78 to 4.20),
+1589 MiB. Ours is 3.49 times as fast, with 0.44 of the memory. Before a group's responses stood behind one
+prompt in the learner it was 2.09 times.
 """
 
 from __future__ import annotations
