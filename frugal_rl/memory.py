@@ -37,7 +37,7 @@ WAITING_BYTES = 10  # an entry that waits for the commit: its position, gradient
 TRAVELLING = 4  # a micro-batch's states on their way to or from the host (transit.py)
 PAGE_LOCKED_FACTOR = 2  # torch rounds page-locked blocks up to powers of two: less than twice the bytes
 HEAD_BLOCK_BYTES = 32 << 20  # of the head's rows, and of logits, in the compute format (decoder.py)
-PROPOSAL_BYTES = 20 * (4 << 20)  # scratch of a proposal: a few copies of its entries (weights.py)
+PROPOSED, PROPOSED_BYTES = 4 << 20, 20  # entries of a proposal, and of its few copies of each (weights.py)
 RESIDENT_BYTES = 64 << 20  # copies of all layers may stay while sampling, up to this (decoder.py)
 WINDOW_QUERIES = 8  # that rkv and snapkv remember of each slot (generate/eviction.py)
 GRAPH_BYTES = 32 << 20  # cuBLAS' workspace of the stream that decode steps are captured on, at most
@@ -288,8 +288,10 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     # in turns: the head, and a run of layers after the other
     # the states that predict a response token, normed, and their gradient
     # a block of rows, their gradient, and what of it is proposed
-    learned = 0 if work.frozen else FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + PROPOSAL_BYTES * plain
-    block = HEAD_BLOCK_BYTES + FLOAT32_BYTES * HEAD_BLOCK_BYTES // compute + learned
+    rows = min(HEAD_BLOCK_BYTES // compute, shape.vocabulary * shape.hidden)  # entries of them
+    logit = min(HEAD_BLOCK_BYTES // compute, responses * shape.vocabulary)
+    learned = 0 if work.frozen else FLOAT32_BYTES * rows + PROPOSED_BYTES * min(rows, PROPOSED) * plain
+    block = compute * rows + FLOAT32_BYTES * logit + learned
     head = responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + block
     # the sums of a run's layers (of all, where an optimizer wants them), and the matrix that is being added:
     # below float32, products go into the sums as they are

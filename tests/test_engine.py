@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -517,3 +519,33 @@ def test_copying_a_slot_copies_its_prompt_only() -> None:
     assert torch.equal(cache.key_LSKCD[:, 2, :, :3], before[:, 0, :, :3])
     assert torch.equal(cache.key_LSKCD[:, 2, :, 3:], before[:, 2, :, 3:])
     assert torch.equal(cache.key_LSKCD[:, :2], before[:, :2])
+
+
+@pytest.mark.parametrize("method", [None, "h2o"])
+def test_the_cache_is_gone_when_generating_ends_without_the_garbage_collector(
+    method: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learner's memory and the KV pool's are the same bytes in turn."""
+    _, decoder = make_decoder("qwen2")
+    eviction = Eviction(method, 24, 8) if method else None  # type: ignore[arg-type]
+    pools: list[weakref.ref[Any]] = []
+    made = SlotCache.__init__
+
+    def noted(self: Any, **given: Any) -> None:
+        made(self, **given)
+        pools.append(weakref.ref(self.key_LSKCD))
+
+    monkeypatch.setattr(SlotCache, "__init__", noted)
+    engine = Engine(decoder, 2, STOPS, 64, eviction=eviction)
+    requests = make_requests(5, 2)
+    gc.collect()
+    gc.disable()
+    try:
+        run(engine, requests, 1.0)
+        assert [pool() for pool in pools] == [None]
+        stopped = engine.generate(requests, max_tokens=MAX_TOKENS, temperature=1.0)
+        next(stopped)
+        del stopped
+        assert [pool() for pool in pools] == [None, None]
+    finally:
+        gc.enable()

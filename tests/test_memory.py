@@ -15,7 +15,7 @@ from frugal_rl.errors import InputError
 from frugal_rl.memory import (
     FORMS,
     HEAD_BLOCK_BYTES,
-    PROPOSAL_BYTES,
+    PROPOSED,
     RESIDENT_BYTES,
     Plan,
     Shape,
@@ -213,7 +213,7 @@ def test_the_peak_covers_what_this_process_holds() -> None:
 def test_the_constants_are_those_of_the_decoder() -> None:
     assert RESIDENT_BYTES == decoder.RESIDENT_BYTES
     assert HEAD_BLOCK_BYTES == decoder.HEAD_BLOCK_BYTES
-    assert PROPOSAL_BYTES == 20 * weights.PROPOSED
+    assert PROPOSED == weights.PROPOSED
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -124,7 +124,8 @@ class Steps:
     """Does `step(*shape)`: the first time as it is, then as it was captured; without a recorder as it is."""
 
     def __init__(self, step: Callable[..., None], recorder: Recorder | None) -> None:
-        self.step, self.recorder = step, recorder
+        self.step: Callable[..., None] | None = step
+        self.recorder = recorder
         self.capture_s = 0.0
         self._captured: dict[tuple[int, ...], Action] = {}
 
@@ -134,6 +135,7 @@ class Steps:
         return list(self._captured)
 
     def __call__(self, *shape: int) -> None:
+        assert self.step is not None, "closed"
         captured = self._captured.get(shape)
         if captured is not None:
             captured()
@@ -147,7 +149,7 @@ class Steps:
             self.capture_s += time.perf_counter() - began
 
     def close(self) -> None:
-        """Nothing captured is left."""
-        self._captured = {}
+        """Nothing captured is left, nor the step: its owner holds this, and a cycle would keep its memory."""
+        self.step, self._captured = None, {}
         if self.recorder is not None:
             self.recorder.close()
