@@ -40,6 +40,7 @@ HEAD_BLOCK_BYTES = 32 << 20  # of the head's rows, and of logits, in the compute
 PROPOSAL_BYTES = 20 * (4 << 20)  # scratch of a proposal: a few copies of its entries (weights.py)
 RESIDENT_BYTES = 64 << 20  # copies of all layers may stay while sampling, up to this (decoder.py)
 WINDOW_QUERIES = 8  # that rkv and snapkv remember of each slot (generate/eviction.py)
+PACKED_BYTES = 5  # an entry of an int8 matrix's patch as the sampler's kernel reads it (kernels/matmul.py)
 EVICTION_BYTES = 4 * (8 << 20)  # its temporaries, each of at most a block (generate/eviction.py)
 # llama.cpp as the sampler: bytes of an entry by its format, tokens of a batch, sequences at a time (256 is
 # its limit, one stream is spare); its cache is float16, for each sequence a multiple of so many entries
@@ -255,10 +256,11 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     remembered = _remembered_bytes(shape, work.eviction, held, compute)
     logits = 3 * FLOAT32_BYTES * shape.vocabulary  # logits, their softmax and its sum
     slot = entries + remembered + logits
+    packed = PACKED_BYTES if copied and work.has_host and work.gguf is None else 0
     generating = {
         "weights": weights,
         "layer copies": max(whole if whole <= RESIDENT_BYTES else 0, layer * together) if copied else 0,
-        "patch": changed * form.patch_bytes,
+        "patch": changed * (form.patch_bytes + packed),
         "prefill": work.longest * token,  # one prompt at a time at least
         **({"eviction": EVICTION_BYTES} if work.eviction else {}),
     }
