@@ -41,6 +41,7 @@ PROPOSED, PROPOSED_BYTES = 4 << 20, 20  # entries of a proposal, and of its few 
 RESIDENT_BYTES = 64 << 20  # copies of all layers may stay while sampling, up to this (decoder.py)
 WINDOW_QUERIES = 8  # that rkv and snapkv remember of each slot (generate/eviction.py)
 GRAPH_BYTES = 32 << 20  # cuBLAS' workspace of the stream that decode steps are captured on, at most
+PACKED_BYTES = 5  # an entry of an int8 matrix's patch as the sampler's kernel reads it (kernels/matmul.py)
 EVICTION_BYTES = 4 * (8 << 20)  # its temporaries, each of at most a block (generate/eviction.py)
 # llama.cpp as the sampler: bytes of an entry by its format, tokens of a batch, sequences at a time (256 is
 # its limit, one stream is spare); its cache is float16, for each sequence a multiple of so many entries
@@ -258,10 +259,11 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     # on a GPU what a step needs stays in the graphs' pool (generate/graphs.py), while prompts run too
     captured = token if work.has_host and work.gguf is None else 0
     slot = entries + remembered + logits + captured
+    packed = PACKED_BYTES if copied and work.has_host and work.gguf is None else 0
     generating = {
         "weights": weights,
         "layer copies": max(whole if whole <= RESIDENT_BYTES else 0, layer * together) if copied else 0,
-        "patch": changed * form.patch_bytes,
+        "patch": changed * (form.patch_bytes + packed),
         "prefill": work.longest * token,  # one prompt at a time at least
         **({"eviction": EVICTION_BYTES} if work.eviction else {}),
         **({"decode graphs": GRAPH_BYTES} if captured else {}),

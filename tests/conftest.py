@@ -16,8 +16,6 @@ from frugal_rl.rollout import Rollout
 from frugal_rl.weights import Weights
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a module with kernels is imported
 torch.set_num_threads(1)  # the models are too small for more
 
 needs_llama = pytest.mark.skipif(

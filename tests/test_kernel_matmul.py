@@ -58,7 +58,7 @@ def inputs(tokens: int, width: int) -> Tensor:
 
 def dense(held: Quantised, x_MI: Tensor) -> Tensor:
     """The slow twin: the whole policy dequantised, in float64."""
-    return x_MI.double() @ held.rows(slice(0, held.shape[0]), torch.float64).T
+    return x_MI.double() @ held.rows(slice(0, held.shape[0]), torch.float32).double().T
 
 
 def check(held: Quantised, tokens: int, **options: object) -> None:
