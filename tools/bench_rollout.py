@@ -11,10 +11,10 @@ be read, once a token position of --slots sequences, at the copy bandwidth measu
 
 Measured on 2 idle cores of an AMD EPYC, torch 2.13, transformers 5.23, default options, median (range):
 
-    engine      5090 tokens/s (4724 to 5307)
-    generate    1705 (1571 to 2085)     engine / generate 2.98
-    continuous  1723 (1594 to 1741)     engine / continuous 2.95
-    bound       141,000: the model is 3 MiB, so the calls cost, not the bytes
+    engine      5432 tokens/s (5266 to 5759)
+    generate    1987 (1843 to 2269)     engine / generate 2.73; 3.13 on one busy core, 2.98 on another day
+    continuous  2010 (1929 to 2091)     engine / continuous 2.70; 2.94; 2.95
+    bound       160,000: the model is 3 MiB, so the calls cost, not the bytes
 """
 
 from __future__ import annotations

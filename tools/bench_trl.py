@@ -7,10 +7,13 @@ process of its own. TRL trains the checkpoint in float32 (bf16 products are slow
 with its own generation, one optimizer step a rollout batch and no KL. The first step of each is a warm-up and
 is left out. Needs trl, a dependency of this script only.
 
-Measured on one core of an AMD EPYC, torch 2.13, transformers 5.23, trl 1.16, OMP_NUM_THREADS=1, --steps 8:
-ours 1.14 s a step (0.84 to 1.18), 701 MiB with TRL's own dependencies on the path; TRL 3.98 s (3.78 to 4.20),
-1589 MiB. Ours is 3.49 times as fast, with 0.44 of the memory. Before a group's responses stood behind one
-prompt in the learner it was 2.09 times.
+Measured on an AMD EPYC, torch 2.13, transformers 5.23, trl 1.16, --steps 8, TRL's dependencies on both paths:
+
+    2 idle cores   ours 0.72 s a step (0.61 to 0.81), 563 MiB; TRL 2.14 s (2.06 to 2.40), 1499 MiB
+    1 core         ours 1.14 s a step (0.84 to 1.18), 701 MiB; TRL 3.98 s (3.78 to 4.20), 1589 MiB
+
+So 2.97 and 3.49 times as fast, with 0.38 and 0.44 of the memory. Before a group's responses stood behind one
+prompt in the learner it was 2.09 times, on two cores.
 """
 
 from __future__ import annotations
