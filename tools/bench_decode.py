@@ -8,7 +8,7 @@ Limit: a step reads the weights and the live KV entries once. `bound` is those b
 (bytes read and written a second) that is measured here first; `ratio` is bound / measured. Weights: all but
 the rows of an untied embedding that are not looked up; the patch is not counted, so its cost shows.
 
-Random weights of the real shape are made on the device, as in bench_cap.py, and nothing is downloaded; each
+Random weights of the real shape are made on the device, as in bench_learn.py, and nothing is downloaded; each
 model and form is a process of its own under the cap. One prompt is run and copied to all slots, then the
 engine's own loop decodes (step, and look at what has ended); medians of --steps steps, the last of which sees
 --entries entries. Every combination of --slots, --entries, --graphs (on, off: FRUGAL_RL_GRAPHS), --kernels
@@ -40,7 +40,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from bench_cap import make_config, make_weights
+from bench_learn import make_config, make_weights
 
 from frugal_rl.config import parse_bytes
 from frugal_rl.console import size

@@ -17,8 +17,9 @@ from frugal_rl import train as loop
 from frugal_rl.config import load_recipe
 from frugal_rl.correct import PRESETS, correct, mean_gap
 from frugal_rl.rollout import Rollout
+from frugal_rl.sampled import _padded
 from frugal_rl.session import open_session
-from frugal_rl.update import _padded, learn
+from frugal_rl.update import learn
 
 STEPS = 26
 SAMPLED_AT = (0, 5, 12, 20)  # steps done when the rollouts were drawn

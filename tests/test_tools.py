@@ -1,0 +1,45 @@
+"""The scripts in tools/."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+SCRIPTS = sorted(TOOLS.glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_what_a_script_takes_from_another_one_or_from_the_package_is_there(script: Path) -> None:
+    """Read, not run: a script may want a GPU, or a package that only it needs."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        source = TOOLS / f"{node.module}.py"
+        if node.module.startswith("frugal_rl"):
+            found = importlib.util.find_spec(node.module)
+            assert found is not None and found.origin is not None, node.module
+            source = Path(found.origin)
+        elif not source.exists():
+            assert not node.module.startswith(("bench_", "build_", "study_", "compile_")), node.module
+            continue
+        names = {alias.name for alias in node.names} - _top_level(source)
+        if source.name == "__init__.py":
+            names = {name for name in names if importlib.util.find_spec(f"{node.module}.{name}") is None}
+        assert not names, f"{source.name} has no {sorted(names)}"
+
+
+def _top_level(source: Path) -> set[str]:
+    """Names that a file defines, assigns or imports outside of functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return names
