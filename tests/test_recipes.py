@@ -1,6 +1,7 @@
 """The recipes that travel with the package: each loads, and its header keeps the promises."""
 
 import json
+import math
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,11 @@ from frugal_rl.config import list_recipes, load_recipe, read_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def upwards(size: int) -> str:
+    """In tenths of a GiB that are enough."""
+    return f"{math.ceil(size / 2**30 * 10) / 10:.1f} GiB"
 
 
 def test_the_recipes_of_the_readme_exist():
@@ -82,6 +88,23 @@ def test_the_plan_in_a_header_is_what_the_command_prints(size):
         assert f"{phase} {planned[f'{phase}_bytes'] / 2**30:.1f} GiB" in header
     assert f"{planned['slots']} slots" in header
     assert f"micro-batches of {planned['micro_tokens']:,} tokens" in header
+    assert f"fits from {upwards(planned['least_bytes'])} on" in header
+
+
+def test_the_least_budgets_of_the_readme_are_what_plan_says_for_its_shape():
+    readme = " ".join((RECIPES.parent / "README.md").read_text(encoding="utf-8").split())
+    assert "128 sequences of 1024 tokens, 512 KV entries a slot and 64 GiB of host memory" in readme
+    least = {}
+    for size in ("7b", "14b"):
+        words = ["plan", "--recipe", f"math-qwen2.5-{size}-24gib", "--host-memory", "64GiB", "--json"]
+        printed = CliRunner().invoke(cli, [*words, "--prompt-tokens", "256", "--max-tokens", "768"])
+        forms = json.loads(printed.stdout)["forms"]
+        least |= {(size, form): upwards(forms[form]["least_bytes"]) for form in ("int8", "bf16")}
+    assert (
+        f"7B fits from {least['7b', 'int8']} with int8 weights and from {least['7b', 'bf16']} in bf16"
+        in readme
+    )
+    assert f"14B from {least['14b', 'int8']} with int8" in readme
 
 
 def test_real_models_learn_at_the_rate_of_the_sgd_paper_and_the_tiny_one_at_its_own():
