@@ -327,10 +327,11 @@ def _arm(study: Study, arm: Arm, failed: Mapping[str, str]) -> dict[str, Any]:
     seen = [_run(run) for run in runs if run.finished]
     summaries = [run["summary"] for run in seen]
     parts = {key: [s[key] for s in summaries] for key in _SUMMED if key in summaries[0]}
-    steps = [row for run in seen for row in run["steps"]]
     trained = np.array([run["correct"] for run in seen])
     applied = np.array([run["correct_applied"] for run in seen])
     rates = study.grids[arm.name]
+    by_seed = {key: parts[key] for key in _SPANNED if key in parts}
+    by_seed |= {key: [run[key] for run in seen] for key in _MEASURED}
     found = {
         "kind": arm.kind,
         "weights": arm.weights,
@@ -343,15 +344,11 @@ def _arm(study: Study, arm: Arm, failed: Mapping[str, str]) -> dict[str, Any]:
         "applied_less_trained": asdict(difference(applied, trained).interval),
         "parameters": summaries[0]["parameters"],
         **{key: sum(values) / len(values) for key, values in parts.items()},
-        "mean_reward": sum(row["reward"] for row in steps) / len(steps),
+        **{key: sum(values) / len(values) for key, values in by_seed.items()},
+        "span": {key: [min(values), max(values)] for key, values in by_seed.items()},
         "gradient_bytes": summaries[0]["plan"]["learning"].get("gradients", 0),
         "plan": {key: summaries[0]["plan"][key] for key in ("generating", "learning")},
         "phase_peak_bytes": {phase: _phase_peak(seen, phase) for phase in PHASES},
-        "tokens_per_s": sum(r["generated_tokens"] for r in steps)
-        / sum(r["phase_seconds"]["generate"] for r in steps),
-        "step_seconds": {
-            phase: sum(r["phase_seconds"][phase] for r in steps) / len(steps) for phase in PHASES
-        },
         "runs": seen,
     }
     for one in seen:
@@ -382,6 +379,8 @@ _SUMMED = (
     "optimizer_bytes",
     "peak_memory_bytes",
 )
+_SPANNED = ("changed_any", "changed_1e5", "patch_bytes", "train_seconds", "peak_memory_bytes")
+_MEASURED = ("mean_reward", "tokens_per_s", *(f"{phase}_seconds" for phase in PHASES))
 
 
 def _run(run: Run) -> dict[str, Any]:
@@ -403,6 +402,10 @@ def _run(run: Run) -> dict[str, Any]:
             for row in validations
         ],
         "rewards": [row["reward"] for row in rows],
+        "mean_reward": sum(row["reward"] for row in rows) / len(rows),
+        "tokens_per_s": sum(row["generated_tokens"] for row in rows)
+        / sum(row["phase_seconds"]["generate"] for row in rows),
+        **{f"{p}_seconds": sum(row["phase_seconds"][p] for row in rows) / len(rows) for p in PHASES},
         "correct": correct,
         "correct_applied": [int(x) for x in summary.get("exported_correct", "")] or correct,
         "summary": summary,
@@ -415,9 +418,11 @@ def _reached(runs: Sequence[Mapping[str, Any]], target: float) -> dict[str, Any]
     firsts = [next((p for p in run["curve"] if p["accuracy"] >= target), None) for run in runs]
     reached = [point for point in firsts if point is not None]
     if len(reached) < len(runs):
-        return {"steps": None, "seconds": None, "seeds": len(reached)}
-    means = {key: sum(point[key] for point in reached) / len(reached) for key in ("step", "seconds")}
-    return {"steps": means["step"], "seconds": means["seconds"], "seeds": len(reached)}
+        return {"step": None, "seconds": None, "seeds": len(reached), "span": {}}
+    found = {key: [point[key] for point in reached] for key in ("step", "seconds")}
+    means = {key: sum(values) / len(values) for key, values in found.items()}
+    span = {key: [min(values), max(values)] for key, values in found.items()}
+    return {**means, "seeds": len(reached), "span": span}
 
 
 def _against(

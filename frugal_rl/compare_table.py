@@ -27,21 +27,21 @@ def rows(results: Results) -> tuple[list[str], list[Row]]:
     row("learning rate, best of its grid", _rate)
     row("held-out accuracy (95 %)", lambda v: interval(v["accuracy"]))
     row("lowest and highest seed", _spread)
-    row("training reward, mean of all steps", lambda v: f"{v['mean_reward']:.3f}")
+    row("training reward, mean of all steps", lambda v: _seeds(v, "mean_reward", "{:.3f}".format))
     row(f"less {reference}'s, same problems (95 %)", _against)
     row("McNemar's exact p, by seed", _mcnemar)
-    row(f"steps to {target}, by evaluations", lambda v: _reached(v, "steps", "{:.0f}"))
-    row(f"seconds of training to {target}", lambda v: _reached(v, "seconds", "{:.0f}"))
+    row(f"steps to {target}, by evaluations", lambda v: _reached(v, "step"))
+    row(f"seconds of training to {target}", lambda v: _reached(v, "seconds"))
     row("checkpoint + patch: accuracy (95 %)", lambda v: interval(v["applied"]))
     row("that, less the trained policy's (95 %)", _applied)
     row(
         "norm of the update lost by merging", lambda v: f"{v['merge_lost']:.1%}" if "merge_lost" in v else "0"
     )
-    row("changed entries, any bit", lambda v: f"{v['changed_any'] / v['parameters']:.2%}")
-    row("changed entries, by more than 1e-5", lambda v: f"{v['changed_1e5'] / v['parameters']:.2%}")
-    row("patch (lora: the merged delta), bytes", lambda v: f"{v['patch_bytes']:,.0f}")
+    row("changed entries, any bit", lambda v: _seeds(v, "changed_any", _share_of(v)))
+    row("changed entries, by more than 1e-5", lambda v: _seeds(v, "changed_1e5", _share_of(v)))
+    row("patch (lora: the merged delta), bytes", lambda v: _seeds(v, "patch_bytes", "{:,.0f}".format))
     row("adapter, bytes", lambda v: f"{v['adapter_bytes']:,.0f}" if "adapter_bytes" in v else "-")
-    row("peak memory, its libraries included", lambda v: _bytes(v["peak_memory_bytes"]))
+    row("peak memory, its libraries included", lambda v: _seeds(v, "peak_memory_bytes", _bytes))
     for phase in PHASES:
         row(f"  of the phase {phase}", lambda v, phase=phase: _peak(v["phase_peak_bytes"][phase]))  # type: ignore[misc]
     row("  weights and patch in memory", lambda v: _bytes(v["weights_bytes"]))
@@ -50,9 +50,10 @@ def rows(results: Results) -> tuple[list[str], list[Row]]:
     row("  KV pool, planned", lambda v: size(v["plan"]["generating"]["KV pool"]))
     row("  activations and boundaries, planned", lambda v: size(_activations(v["plan"]["learning"])))
     for phase in PHASES:
-        row(f"seconds a step: {phase}", lambda v, phase=phase: f"{v['step_seconds'][phase]:.2f}")  # type: ignore[misc]
-    row("tokens sampled a second", lambda v: f"{v['tokens_per_s']:,.0f}")
-    row("seconds of a run's training", lambda v: f"{v['train_seconds']:.0f}")
+        key = f"{phase}_seconds"
+        row(f"seconds a step: {phase}", lambda v, key=key: _seeds(v, key, "{:.2f}".format))  # type: ignore[misc]
+    row("tokens sampled a second", lambda v: _seeds(v, "tokens_per_s", "{:,.0f}".format))
+    row("seconds of a run's training", lambda v: _seeds(v, "train_seconds", "{:.0f}".format))
     return list(arms), out
 
 
@@ -94,11 +95,21 @@ def _mcnemar(value: Mapping[str, Any]) -> str:
     return ", ".join(f"{p:.2g}" for p in found) if found else "-"
 
 
-def _reached(value: Mapping[str, Any], key: str, form: str) -> str:
+def _reached(value: Mapping[str, Any], key: str) -> str:
     found = value["reached"]
     if found[key] is None:
         return f"{found['seeds']} of {len(value['runs'])} seeds"
-    return form.format(found[key])
+    return _seeds(found, key, "{:.0f}".format)
+
+
+def _seeds(value: Mapping[str, Any], key: str, form: Callable[[float], str]) -> str:
+    """The mean and, where they differ in print, the lowest and highest seed."""
+    low, high = map(form, value["span"][key])
+    return form(value[key]) if low == high else f"{form(value[key])} ({low} to {high})"
+
+
+def _share_of(value: Mapping[str, Any]) -> Callable[[float], str]:
+    return lambda count: f"{count / value['parameters']:.2%}"
 
 
 def _applied(value: Mapping[str, Any]) -> str:
@@ -125,7 +136,8 @@ def notes(results: Results) -> list[str]:
         "Same problems, rollout seeds, loss and layer-by-layer pass for all; each arm had the same number of "
         "runs, its learning rate chosen by training reward, not by held-out problems.",
         "Intervals: bootstrap over problems and seeds (10,000 draws); an accuracy's is at least Wilson's. A "
-        "difference whose interval has 0 in it is called within noise.",
+        "difference whose interval has 0 in it is called within noise. Other brackets: lowest and highest "
+        "seed.",
     ]
     for name, value in results["arms"].items():
         if "error" in value:

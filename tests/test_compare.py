@@ -246,10 +246,11 @@ def test_the_table_says_what_differs_by_more_than_noise(tmp_path: Path) -> None:
     assert arms["lora:1"]["against"]["value"] == pytest.approx(0.4)
     assert arms["lora:1"]["against"]["mcnemar_p"] == pytest.approx([2 * 0.5**16] * 3)
     assert arms["lora:1"]["applied_less_trained"]["value"] == pytest.approx(0.1)
-    assert arms["lora:1"]["reached"] == {"steps": 3, "seconds": 12.0, "seeds": 3}
-    assert arms["sgd"]["reached"]["steps"] is None
+    span = {"step": [3, 3], "seconds": [12.0, 12.0]}
+    assert arms["lora:1"]["reached"] == {"step": 3, "seconds": 12.0, "seeds": 3, "span": span}
+    assert arms["sgd"]["reached"]["step"] is None
     assert arms["sgd"]["tokens_per_s"] == 100.0
-    assert arms["sgd"]["step_seconds"] == {"generate": 1.0, "verify": 0.25, "learn": 2.0}
+    assert [arms["sgd"][f"{phase}_seconds"] for phase in ("generate", "verify", "learn")] == [1.0, 0.25, 2.0]
     # the most of all steps, mean over the seeds
     assert arms["sgd"]["phase_peak_bytes"] == {"generate": 5 << 20, "verify": 4 << 20, "learn": (6 << 20) + 1}
     shown = text(found)
@@ -277,6 +278,21 @@ def test_a_peak_that_was_not_measured_is_unknown_and_not_0(tmp_path: Path) -> No
     assert all(value["phase_peak_bytes"]["learn"] is None for value in found["arms"].values())
     assert re.search(r"of the phase learn +unknown +unknown +unknown", text(found))
     assert as_page(found, "frugal-rl compare tiny").count("unknown") >= 3
+
+
+def test_what_differs_by_seed_is_shown_with_its_lowest_and_highest(tmp_path: Path) -> None:
+    study = study_of(tmp_path, arms="sgd,adamw")
+    finish_all(study, {"sgd": 0.5, "adamw": 0.5})
+    arm, lr = study.arms[0], study.grids["sgd"][1]
+    pretend(study.run(arm, lr, 1), 0.5, 0.6, changed_any=130, patch_bytes=260, train_seconds=30.0)
+    found = results(study, {})["arms"]["sgd"]
+    assert found["mean_reward"] == pytest.approx(0.8)
+    assert found["span"]["mean_reward"] == pytest.approx([0.6, 0.9])
+    shown = text(results(study, {}))
+    for cell in ("0.800 (0.600 to 0.900)", "11.00% (10.00% to 13.00%)", "220 (200 to 260)", "26 (24 to 30)"):
+        assert cell in shown, cell
+    assert re.search(r"by more than 1e-5 +5\.00% +5\.00%\n", shown)  # equal seeds: no brackets
+    assert "Other brackets: lowest and highest seed" in shown
 
 
 def test_a_best_rate_at_the_edge_of_its_grid_is_said(tmp_path: Path) -> None:
