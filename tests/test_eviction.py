@@ -474,7 +474,7 @@ def test_eviction_makes_no_copy_of_the_pool(method: Any, monkeypatch: pytest.Mon
 
 def peak_bytes(call: Callable[[], object]) -> int:
     """The most that torch has allocated at a time during a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         call()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())

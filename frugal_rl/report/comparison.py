@@ -53,9 +53,11 @@ def as_drawing(results: Results) -> str:
                 _shares(accuracy, "held-out accuracy by step", "step"),
                 _keys(names),
             ),
+            Panel("Training reward by step", _reward_lines(arms), _keys(names)),
             Panel("Changed entries", _changed_bars(arms), _keys(RULES)),
             Panel("Held for the weights while learning", _bytes_bars(arms), _keys(HELD)),
             Panel("What a run leaves", _files_bars(arms), _keys(FILES)),
+            Panel("Training reward by learning rate", _rate_lines(arms), _keys(names)),
         ]
     )
 
@@ -74,7 +76,6 @@ def _curves(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
     keys = _keys(arms)
     accuracy = [_mean(name, arm, "step") for name, arm in arms.items()]
     by_time = [_mean(name, arm, "seconds") for name, arm in arms.items()]
-    reward = [_rewards(name, arm) for name, arm in arms.items()]
     band = "Mean over the seeds; the band goes from the lowest to the highest."
     return [
         figure(
@@ -93,7 +94,7 @@ def _curves(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
         ),
         figure(
             "Training reward against steps",
-            lines(reward, label="training reward by step", x_title="step"),
+            _reward_lines(arms),
             keys=keys,
             note=band,
         ),
@@ -115,6 +116,11 @@ def _mean(name: str, arm: Mapping[str, Any], axis: str) -> Series:
     values = [[curve[step]["accuracy"] for curve in curves] for step in steps]
     xs = [sum(curve[step][axis] for curve in curves) / len(curves) for step in steps]
     return _banded(name, xs, values)
+
+
+def _reward_lines(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    series = [_rewards(name, arm) for name, arm in arms.items()]
+    return lines(series, label="training reward by step", x_title="step")
 
 
 def _rewards(name: str, arm: Mapping[str, Any]) -> Series:
@@ -242,6 +248,15 @@ def _changed_figure(arms: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _rates_figure(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    return figure(
+        "Training reward by learning rate",
+        _rate_lines(arms),
+        keys=_keys(arms),
+        note="On the first seed; what the rate was chosen by.",
+    )
+
+
+def _rate_lines(arms: Mapping[str, Mapping[str, Any]]) -> str:
     """Reward of the second half of the steps by place in the arm's grid."""
     series = [
         Series(
@@ -251,9 +266,6 @@ def _rates_figure(arms: Mapping[str, Mapping[str, Any]]) -> str:
         )
         for name, arm in arms.items()
     ]
-    return figure(
-        "Training reward by learning rate",
-        lines(series, label="reward by learning rate", x_title="place in the arm's grid, lowest rate first"),
-        keys=_keys(arms),
-        note="On the first seed; what the rate was chosen by.",
+    return lines(
+        series, label="reward by learning rate", x_title="place in the arm's grid, lowest rate first"
     )
