@@ -50,7 +50,14 @@ LEVELS = [
     ],
     ["live", "problems", "reward", "loss", "correct", "memory", "models", "shapes", "analysis"],
     ["report.update"],
-    ["kernels.choice", "kernels.dequantise", "kernels.propose", "kernels.matmul", "kernels.attention"],
+    [
+        "kernels.choice",
+        "kernels.dequantise",
+        "kernels.propose",
+        "kernels.matmul",
+        "kernels.attention",
+        "kernels.fused",
+    ],
     [
         "doctor",
         "stream",
@@ -72,6 +79,7 @@ LEVELS = [
         "generate.eviction",
         "generate.sample",
         "generate.graphs",
+        "generate.layers",
         "generate.engine",
         "generate.llama_library",
         "generate.llamacpp",

@@ -1,13 +1,14 @@
 """Compile the decode kernels for GPUs that need not be there, in the configurations that real shapes choose.
 
-    python tools/compile_kernels.py [--capabilities 86,89,90,120] [--json FILE]
+    python tools/compile_kernels.py [--capabilities 86,89,90,120] [--only attention] [--json FILE]
 
-Every launch of `Matrix.product` and `decode_attention` at the Qwen2.5-7B shapes is caught before it happens
-and compiled as Triton's launcher would, ptxas included: 1, 16, 32, 64 and 128 tokens, with and without a
-patch, with and without programs that share rows. Printed for each: registers a thread, bytes of its stack
-(what did not fit into registers), shared memory. Exit code 1 where a kernel does not compile, takes more
-than the 99 KiB of shared memory that a program may have on capability 8.6, 8.9 and 12.0, or has a stack of
-more than STACK_BYTES. Needs no GPU; TRITON_INTERPRET must not be set. About six minutes on one core.
+Every launch of `Matrix.product`, `decode_attention` and what stands between them (kernels/fused.py), at the
+Qwen2.5-7B shapes, is caught before it happens and compiled as Triton's launcher would, ptxas included: 1, 16,
+32, 64 and 128 tokens, with and without a patch, with and without programs that share rows. Printed for each:
+registers a thread, bytes of its stack (what did not fit into registers), shared memory. Exit code 1 where a
+kernel does not compile, takes more than the 99 KiB of shared memory that a program may have on capability
+8.6, 8.9 and 12.0, or has a stack of more than STACK_BYTES. Needs no GPU; TRITON_INTERPRET must not be set.
+About six minutes on one core.
 """
 
 from __future__ import annotations
@@ -129,20 +130,46 @@ def attentions(attention: Any) -> list[tuple[str, Any, tuple[Any, ...], dict[str
     return launches
 
 
+def between(fused: Any) -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+    """Launches of what stands between two products, named."""
+    import torch
+
+    launches = []
+    new = lambda *shape: torch.empty(shape, dtype=torch.bfloat16)  # noqa: E731
+    for heads, kv_heads, size, width, inner in [(28, 4, 128, 3584, 18944), (14, 2, 64, 896, 4864)]:
+        key_SKCD, value_SKCD = new(2, 16, kv_heads, 640, size)
+        cos_SD, sin_SD = new(2, 16, size)
+        query_SHD, key_SKD = new(16, heads, size), new(16, kv_heads, size)
+        entry_S = torch.zeros(16, dtype=torch.int64)
+        kernels = {name: Caught(getattr(fused, name)) for name in ("_norm", "_rotate", "_gated")}
+        with mock.patch.multiple(fused, **kernels):
+            fused.norm(new(16, width), new(width), 1e-6)
+            fused.add_norm(new(16, width), new(16, width), new(width), 1e-6)
+            fused.norm(query_SHD, new(size), 1e-6)
+            turns = cos_SD, sin_SD
+            fused.rotate_and_keep(query_SHD, key_SKD, key_SKD, *turns, key_SKCD, value_SKCD, entry_S)
+            fused.gated(new(16, inner), new(16, inner))
+        for name, caught in kernels.items():
+            launches += [(f"{name[1:]}, width {width}", caught.kernel, *launch) for launch in caught.launches]
+    return launches
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--capabilities", default="86,89,90,120")
     parser.add_argument("--json", type=Path, help="write the table to this file")
+    parser.add_argument("--only", default="", help="kernels whose name begins so")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from frugal_rl.kernels import attention, matmul
+    from frugal_rl.kernels import attention, fused, matmul
 
     warnings.simplefilter("ignore")
     with mock.patch.object(matmul, "processors", lambda device: PROCESSORS):
-        launches = products(matmul) + attentions(attention)
+        launches = products(matmul) + attentions(attention) + between(fused)
+    launches = [launch for launch in launches if launch[0].startswith(options.only)]
     rows, bad = [], 0
     for capability in map(int, options.capabilities.split(",")):
         for name, kernel, args, choices in launches:

@@ -141,8 +141,11 @@ class Decode:
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
         """key, value [S, K, 1, D]. In place on the cache; returns views of it."""
-        seen = []
         for buffer, new in ((self.cache.key_LSKCD, key), (self.cache.value_LSKCD, value)):
             buffer[layer, self.slot_B, :, self.entry_S] = new[:, :, 0]
-            seen.append(buffer[layer, : len(self.slot_B), :, : self.longest])
-        return seen[0], seen[1]
+        return self.entries(layer)
+
+    def entries(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views of keys and values [S, K, C, D] of a layer."""
+        seen = slice(len(self.slot_B)), slice(None), slice(self.longest)
+        return self.cache.key_LSKCD[layer][seen], self.cache.value_LSKCD[layer][seen]

@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ from ..rollout import Request, Rollout
 from .cache import Decode, Extend, Prefill, SlotCache
 from .eviction import Eviction
 from .graphs import Recorder, Steps, recorder_for, rung
+from .layers import fits as fits_kernels
+from .layers import token_layers
 from .sample import TRUNCATION_BLOCK_BYTES, Drawn, StopText, Truncation, draw
 from .transfer import Arriving, on_device
 
@@ -214,6 +217,7 @@ class _Run:
         self.steps = Steps(self._step, recorder)
         # on a GPU the shapes are the same without graphs, and so are the numbers; a CPU does nothing in vain
         self.few_shapes = recorder is not None or device.type == "cuda"
+        self.fused = fits_kernels(self.decoder)
         self.looks: deque[_Look] = deque()
         self.leaving: list[_Leaving] = []
         # whose first tokens are drawn at a time: of few of the logits' many copies
@@ -309,7 +313,8 @@ class _Run:
         hidden = self._layers(self.decoder.embed(token_BT), None, **seen)
         for slot, prompt in zip(slots, prompts, strict=True):
             self.sequences[slot].held = len(prompt)
-        return self._logits(hidden[torch.arange(len(prompts), device=device), length_B - 1])
+        last_BD = hidden[torch.arange(len(prompts), device=device), length_B - 1]
+        return self.decoder.logits(self._normed(last_BD))
 
     def _prefill_in_chunks(self, prompt: Prompt, slot: int) -> Tensor:
         device, sequence = self.decoder.device, self.sequences[slot]
@@ -325,7 +330,7 @@ class _Run:
             hidden = self._layers(self.decoder.embed(token_BT), position_BT, **seen)
             sequence.held += count
             done += count
-        return self._logits(hidden[:, -1])
+        return self.decoder.logits(self._normed(hidden[:, -1]))
 
     def _first_tokens(self, logit_BV: Tensor, prompts: list[Prompt], groups: dict[Prompt, list[int]]) -> None:
         """Copy these prompts to the other slots of their groups; draw every member's first token."""
@@ -418,16 +423,20 @@ class _Run:
         token_S = self.token_ST[slot_S, self.drawn_S[:slots] - 1]
         cache = self.cache.decode(entry_S.clamp(max=columns - 1), columns)
         seen = self._seen(cache, position_S, position_S + 1)
-        hidden = self._layers(self.decoder.embed(token_S[:, None]), position_S[:, None], **seen)
+        hidden, position_S1 = self.decoder.embed(token_S[:, None]), position_S[:, None]
+        if self.fused:
+            normed_SD = token_layers(self.decoder, hidden, position_S1, cache, seen.get("observe"))
+        else:
+            normed_SD = self._normed(self._layers(hidden, position_S1, **seen)[:, 0])
         # what has ended but is not known to have writes its last entry again and again, as idle slots do
         entry_S.add_(1).clamp_(max=self.cache.entries - 1)
         position_S.add_(1).clamp_(max=self.last_position)
         uniform_S = self.uniform_ST[slot_S, self._place(slot_S)]
-        self._note(slot_S, self._draw(self._logits(hidden[:, 0]), uniform_S))
+        self._note(slot_S, self._draw(self.decoder.logits(normed_SD), uniform_S))
 
-    def _seen(self, cache: Prefill | Extend | Decode, start_B: Tensor, end_B: Tensor) -> dict[str, object]:
+    def _seen(self, cache: Prefill | Extend | Decode, start_B: Tensor, end_B: Tensor) -> dict[str, Any]:
         """What the layers are called with to run positions [start, end) of each slot's sequence."""
-        seen: dict[str, object] = {"past_key_values": cache}
+        seen: dict[str, Any] = {"past_key_values": cache}
         if not isinstance(cache, Prefill):
             seen["slot_mask"] = cache.mask
             seen["ends_together"] = isinstance(cache, Extend)
@@ -444,9 +453,9 @@ class _Run:
                 hidden = layer(hidden, **(caught | extra))
         return hidden
 
-    def _logits(self, hidden_BD: Tensor) -> Tensor:
+    def _normed(self, hidden_BD: Tensor) -> Tensor:
         with self.decoder.norm() as norm:
-            return self.decoder.logits(norm(hidden_BD))
+            return norm(hidden_BD)
 
     def _draw(self, logit_SV: Tensor, uniform_S: Tensor) -> Drawn:
         return draw(logit_SV, uniform_S, self.temperature, self.truncation)
