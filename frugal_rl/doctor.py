@@ -56,7 +56,8 @@ def examine() -> dict[str, Any]:
         "host_memory_bytes": host_bytes(),
         "cuda": torch.version.cuda,
         "devices": devices,
-        "packages": {name: _version(name) for name in NEEDED},
+        # torch says its build as well
+        "packages": {name: _version(name) for name in NEEDED} | {"torch": torch.__version__},
         "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
     }
 
