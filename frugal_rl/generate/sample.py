@@ -109,9 +109,14 @@ def truncate(logprob_SV: Tensor, truncation: Truncation) -> Tensor:
 
 def inverse_cdf(logprob_SV: Tensor, uniform_S: Tensor) -> Tensor:
     """The token at which the cumulative probability first exceeds uniform * total."""
-    cumulative_SV = logprob_SV.exp().cumsum_(dim=-1)
+    probability_SV = logprob_SV.exp()
+    # a GPU adds up each of several rows as a tree whose sums never fall, but one row alone in pieces that are
+    # rounded apart (torch's ScanUtils.cuh): in the gaps a token of probability 0 could be drawn
+    if probability_SV.is_cuda and len(probability_SV) == 1:
+        probability_SV = probability_SV.double()
+    cumulative_SV = probability_SV.cumsum_(dim=-1)
     threshold_S = uniform_S * cumulative_SV[:, -1]
-    # float32 rounding may lift the product to the total itself: stay below it
+    # rounding may lift the product to the total itself: stay below it
     below_S = torch.nextafter(cumulative_SV[:, -1], torch.zeros_like(threshold_S))
     threshold_S = torch.minimum(threshold_S, below_S)
     token_S = torch.searchsorted(cumulative_SV, threshold_S[:, None], right=True)[:, 0]
