@@ -27,6 +27,8 @@ from .conftest import make_config, make_model, weights_of
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # of set_sync_debug_mode, once a process: as an error it would come when the mode is set, and leave it so
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning"),
 ]
 STOPS = frozenset({5, 7, 11})
 MAX_TOKENS = 48

@@ -8,6 +8,7 @@ import torch
 from frugal_rl.decoder import Decoder
 from frugal_rl.generate.engine import Engine
 from frugal_rl.generate.eviction import Eviction
+from frugal_rl.generate.graphs import SWITCH
 from frugal_rl.kernels import choice
 from frugal_rl.rollout import Request
 from frugal_rl.storage import Changed, Quantised, bits_of
@@ -85,6 +86,7 @@ def test_int8_matrices_are_used_as_they_are(monkeypatch):
     monkeypatch.setattr(attention, "decode_attention", lambda *a: attentions.append(0) or attend(*a))
     monkeypatch.setattr(decoder.weights, "load", lambda name, scratch=None: _only_small(decoder, name))
     monkeypatch.setenv(choice.CHOICE, "triton")
+    monkeypatch.setenv(SWITCH, "off")  # a captured step is called twice, and then never
     engine = Engine(decoder, slots=2, stop_ids=frozenset(), prefill_tokens=64)
     list(engine.generate([Request((7, 8, 9), (0,))], max_tokens=3, temperature=0))
     assert len(attentions) == 2  # the first token comes from the prompt
@@ -137,6 +139,7 @@ def test_a_product_and_attention_can_be_captured_and_replayed():
     arrived = torch.zeros(16, dtype=torch.int32, device=DEVICE)
 
     def step() -> torch.Tensor:
+        matrix.inputs.forget()  # as after a layer: what was transposed before a capture is no part of it
         query = matrix.product(x_MI).view(16, 4, 128)
         return decode_attention(query, cache[0], cache[1], length_S, arrived, 128**-0.5)
 
