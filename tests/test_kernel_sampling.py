@@ -94,6 +94,16 @@ def test_int8_matrices_are_used_as_they_are(monkeypatch):
     assert not decoder._matrices
 
 
+def test_nothing_of_a_step_is_held_when_it_is_over(monkeypatch):
+    """What a captured step leaves alive keeps a part of the graphs' pool from being given back."""
+    decoder = make_decoder("qwen2", tied=True, changed=0.05)
+    monkeypatch.setenv(choice.CHOICE, "triton")
+    with torch.no_grad(), decoder.sampling():
+        (inputs,) = {matrix.inputs for matrix in decoder._matrices.values()}
+        decoder.logits(torch.randn(5, 64).to(DEVICE, DTYPE))  # more tokens than are gathered as they are
+    assert inputs._last is None
+
+
 def _only_small(decoder: Decoder, name: str) -> torch.Tensor:
     whole = decoder.weights.seen(name).whole(decoder.dtype)
     if whole is None:
