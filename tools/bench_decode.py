@@ -239,19 +239,25 @@ def generate_times(model: Any, ids_BT: Any, steps: int) -> list[float]:
     return [b - a for a, b in pairwise(marks)]
 
 
+def paged(page: int, **options: Any) -> Any:
+    """Options of continuous batching; what holds a page's entries has another name in transformers 5.17."""
+    from transformers import ContinuousBatchingConfig
+
+    name = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    return ContinuousBatchingConfig(**{name: page}, **options)
+
+
 def continuous_times(model: Any, ids_BT: Any, steps: int) -> list[float]:
     """Seconds of each step of continuous batching in which all requests get a token."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     page, tokens = 256, WARM_STEPS + steps
     pages = -(-(ids_BT.shape[1] + tokens) // page)
     config = GenerationConfig(
         max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
     )
-    # as transformers 5.23 and 5.17 name it
-    name = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
-    batching = ContinuousBatchingConfig(
-        **{name: page},
+    batching = paged(
+        page,
         num_blocks=len(ids_BT) * pages,
         max_requests_per_batch=len(ids_BT),
         max_batch_tokens=max(PREFILL_TOKENS, len(ids_BT)),
