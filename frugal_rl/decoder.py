@@ -340,7 +340,10 @@ class Decoder:
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """Logits [B, V] in float32, for sampling: a token a sequence."""
         if self.head_name in self._matrices:
-            return self._matrices[self.head_name].product(hidden_BD, dtype=torch.float32)
+            matrix = self._matrices[self.head_name]
+            logit_BV = matrix.product(hidden_BD, dtype=torch.float32)
+            matrix.inputs.forget()  # in a capture it has the graphs' memory, which could not be given back
+            return logit_BV
         whole = self.weights.seen(self.head_name).whole(self.dtype)
         if whole is not None:
             return (hidden_BD @ whole.T).float()

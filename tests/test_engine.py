@@ -509,6 +509,21 @@ def test_the_largest_uniform_draws_a_token_that_can_be_drawn() -> None:
     assert int(token_S.max()) < 200
 
 
+def test_one_row_alone_is_added_up_in_float64_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There float32 sums of one row fall by an ulp here and there, and rise where the probability is 0."""
+    logprob_SV = torch.log_softmax(3 * torch.randn(2, 5000), dim=-1)
+    uniform_S = torch.tensor([0.3, 0.7])
+    expected_S = inverse_cdf(logprob_SV, uniform_S)
+    dtypes = []
+    add = torch.Tensor.cumsum_
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.Tensor, "cumsum_", lambda x, dim: dtypes.append(x.dtype) or add(x, dim))
+    for rows in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        assert inverse_cdf(logprob_SV[rows], uniform_S[rows]).tolist() == expected_S[rows].tolist()
+        truncate(logprob_SV[rows], Truncation(None, 0.9))
+    assert dtypes == [torch.float32] * 2 + [torch.float64] * 4
+
+
 def test_copying_a_slot_copies_its_prompt_only() -> None:
     cache = SlotCache(
         layers=2, slots=3, kv_heads=2, entries=5, head_size=4, dtype=torch.float32, device=torch.device("cpu")

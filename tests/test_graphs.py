@@ -5,7 +5,8 @@ Here on a CPU (frozen.py says how), where CUDA graphs can be: test_graphs_gpu.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from frugal_rl import decoder as decoder_module
 from frugal_rl.decoder import Decoder
-from frugal_rl.errors import InputError
+from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.generate import graphs
 from frugal_rl.generate.engine import Engine
 from frugal_rl.generate.eviction import Eviction
@@ -253,6 +254,37 @@ def test_the_switch_turns_graphs_off_and_knows_its_values(monkeypatch: pytest.Mo
     monkeypatch.setenv(graphs.SWITCH, "on")
     with pytest.raises(InputError, match="FRUGAL_RL_GRAPHS is 'on', expected one of auto, off"):
         recorder_for(cuda)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [("CUDA error: out of memory", RuntimeError), ("CUDA error: operation not permitted", FrugalError)],
+)
+def test_a_capture_that_fails_leaves_the_stream_and_a_shortage_of_memory_is_one(
+    message: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch.cuda.graph ends: what capture_end raises comes before its stream is put back."""
+    streams: list[str] = []
+
+    @contextmanager
+    def graph(made: object, **options: object) -> Iterator[None]:
+        streams.append("side")
+        yield
+        raise RuntimeError(message)
+
+    for name, value in {
+        "graph": graph,
+        "CUDAGraph": object,
+        "graph_pool_handle": lambda: (0, 1),
+        "current_stream": lambda device: "main",
+        "set_stream": streams.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(graphs, "side_stream", lambda device: "side")
+    with pytest.raises(kind, match=message) as caught:
+        graphs.CudaGraphs(torch.device("cuda")).capture(lambda: None)
+    assert caught.type is kind
+    assert streams == ["side", "main"]
 
 
 def test_a_model_whose_frequencies_follow_the_positions_is_not_captured() -> None:

@@ -27,10 +27,13 @@ from .conftest import make_config, make_model, weights_of
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # of set_sync_debug_mode, once a process: as an error it would come when the mode is set, and leave it so
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning"),
 ]
 STOPS = frozenset({5, 7, 11})
 MAX_TOKENS = 48
 VOCABULARY = 512
+ALL = Truncation()
 
 
 def make_decoder(form: str) -> Decoder:
@@ -68,9 +71,10 @@ def make_requests(prompts: int = 9, samples: int = 3) -> list[Request]:
     return [Request(text, (0, i, g)) for i, text in enumerate(texts) for g in range(samples)]
 
 
-def generate(engine: Engine, temperature: float = 1.0) -> list[Rollout]:
+def generate(engine: Engine, temperature: float = 1.0, truncation: Truncation = ALL) -> list[Rollout]:
     requests = make_requests()
-    out = dict(engine.generate(requests, max_tokens=MAX_TOKENS, temperature=temperature))
+    drawn = engine.generate(requests, max_tokens=MAX_TOKENS, temperature=temperature, truncation=truncation)
+    out = dict(drawn)
     return [out[i] for i in range(len(requests))]
 
 
@@ -85,13 +89,24 @@ def make_engine(decoder: Decoder, method: Any = None, **options: Any) -> Engine:
 def test_graphs_draw_the_tokens_of_the_step_itself(
     form: str, temperature: float, method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder = make_decoder(form)
-    engine = make_engine(decoder, method)
-    replayed = generate(engine, temperature)
+    compare(make_engine(make_decoder(form), method), monkeypatch, temperature)
+
+
+@pytest.mark.parametrize("truncation", [Truncation(20), Truncation(None, 0.9), Truncation(200, 0.95, 0.01)])
+def test_what_truncation_sorts_is_sorted_in_a_graph_too(
+    truncation: Truncation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(make_engine(make_decoder("bf16")), monkeypatch, 1.0, truncation)
+
+
+def compare(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, temperature: float, truncation: Truncation = ALL
+) -> None:
+    replayed = generate(engine, temperature, truncation)
     assert 0 < engine.stats.graphs < engine.stats.decode_steps / 2
-    assert bool(engine.stats.evictions) == (method is not None)
+    assert bool(engine.stats.evictions) == (engine.eviction is not None)
     monkeypatch.setenv(SWITCH, "off")
-    plain = generate(engine, temperature)
+    plain = generate(engine, temperature, truncation)
     assert engine.stats.graphs == 0
     for one, other in zip(plain, replayed, strict=True):
         assert one.response_ids.tolist() == other.response_ids.tolist()
@@ -116,9 +131,9 @@ def test_memory_does_not_grow_over_50_generations() -> None:
         torch.cuda.synchronize()
         free, _ = torch.cuda.mem_get_info()
         held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), -free))
-    allocated, reserved, taken = zip(*held[3:], strict=True)
-    assert max(allocated) == allocated[0]
-    assert max(reserved) == reserved[0]
+    allocated, reserved, taken = zip(*held[4:], strict=True)
+    for taken_by_torch in (allocated, reserved):  # where blocks lie in their segments may change, not how far
+        assert max(taken_by_torch[23:]) <= max(taken_by_torch[:23])
     # of the driver's own too, where nobody else takes any: what it keeps of a graph must not add up
     assert taken[-1] - taken[0] < 16 << 20
 

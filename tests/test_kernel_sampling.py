@@ -8,6 +8,7 @@ import torch
 from frugal_rl.decoder import Decoder
 from frugal_rl.generate.engine import Engine
 from frugal_rl.generate.eviction import Eviction
+from frugal_rl.generate.graphs import SWITCH
 from frugal_rl.kernels import choice
 from frugal_rl.rollout import Request
 from frugal_rl.storage import Changed, Quantised, bits_of
@@ -85,11 +86,22 @@ def test_int8_matrices_are_used_as_they_are(monkeypatch):
     monkeypatch.setattr(attention, "decode_attention", lambda *a: attentions.append(0) or attend(*a))
     monkeypatch.setattr(decoder.weights, "load", lambda name, scratch=None: _only_small(decoder, name))
     monkeypatch.setenv(choice.CHOICE, "triton")
+    monkeypatch.setenv(SWITCH, "off")  # a captured step is called twice, and then never
     engine = Engine(decoder, slots=2, stop_ids=frozenset(), prefill_tokens=64)
     list(engine.generate([Request((7, 8, 9), (0,))], max_tokens=3, temperature=0))
     assert len(attentions) == 2  # the first token comes from the prompt
     assert len(products) == 3 * (7 + 1)
     assert not decoder._matrices
+
+
+def test_nothing_of_a_step_is_held_when_it_is_over(monkeypatch):
+    """What a captured step leaves alive keeps a part of the graphs' pool from being given back."""
+    decoder = make_decoder("qwen2", tied=True, changed=0.05)
+    monkeypatch.setenv(choice.CHOICE, "triton")
+    with torch.no_grad(), decoder.sampling():
+        (inputs,) = {matrix.inputs for matrix in decoder._matrices.values()}
+        decoder.logits(torch.randn(5, 64).to(DEVICE, DTYPE))  # more tokens than are gathered as they are
+    assert inputs._last is None
 
 
 def _only_small(decoder: Decoder, name: str) -> torch.Tensor:
@@ -137,6 +149,7 @@ def test_a_product_and_attention_can_be_captured_and_replayed():
     arrived = torch.zeros(16, dtype=torch.int32, device=DEVICE)
 
     def step() -> torch.Tensor:
+        matrix.inputs.forget()  # as after a layer: what was transposed before a capture is no part of it
         query = matrix.product(x_MI).view(16, 4, 128)
         return decode_attention(query, cache[0], cache[1], length_S, arrived, 128**-0.5)
 

@@ -32,6 +32,20 @@ def test_what_a_script_takes_from_another_one_or_from_the_package_is_there(scrip
         assert not names, f"{source.name} has no {sorted(names)}"
 
 
+def test_steps_of_continuous_batching_are_those_in_which_all_requests_decode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While prompts are still run, and when the first requests have ended, a step is another one."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    from bench_decode import steps_together
+
+    early = [0.0, 5.0, 10.0, 11.0, 12.5, 14.0]
+    late = [10.0, 11.0, 12.5, 14.0, 14.5, 15.0]
+    assert steps_together([early, late]) == [1.0, 1.5, 1.5]
+    with pytest.raises(RuntimeError, match="had ended"):
+        steps_together([[0.0, 1.0], [2.0, 3.0]])
+
+
 def _top_level(source: Path) -> set[str]:
     """Names that a file defines, assigns or imports outside of functions."""
     names: set[str] = set()

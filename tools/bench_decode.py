@@ -17,7 +17,7 @@ matrices themselves) that fits is measured until --seconds are over; what was le
 
 Peers (bf16, at --peer-slots, the first of --entries, same weights in the same process): transformers'
 `generate` with a static cache, which it compiles on a GPU, medians of the same steps; and its continuous
-batching, whose time a token is the difference of a long and a short run. `--profile N`: the N kernels that
+batching, medians of the steps in which all requests are decoding. `--profile N`: the N kernels that
 take longest, of the --peer-slots rows. One call takes ten minutes at most, and all combinations take more:
 choose with --models. `--device cpu --models tiny --slots 1,4 --entries 60 --peer-slots 4 --steps 8` tries it.
 
@@ -239,36 +239,50 @@ def generate_times(model: Any, ids_BT: Any, steps: int) -> list[float]:
     return [b - a for a, b in pairwise(marks)]
 
 
+def paged(page: int, **options: Any) -> Any:
+    """Options of continuous batching; what holds a page's entries has another name in transformers 5.17."""
+    from transformers import ContinuousBatchingConfig
+
+    name = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    return ContinuousBatchingConfig(**{name: page}, **options)
+
+
 def continuous_times(model: Any, ids_BT: Any, steps: int) -> list[float]:
-    """Seconds of a token position: a run of so many more tokens against a short one, three times."""
-    import torch
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+    """Seconds of each step of continuous batching in which all requests get a token."""
+    from transformers import GenerationConfig
 
-    def seconds(tokens: int) -> float:
-        page = 256
-        pages = -(-(ids_BT.shape[1] + WARM_STEPS + steps) // page)
-        config = GenerationConfig(
-            max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
-        )
-        batching = ContinuousBatchingConfig(
-            page_size=page,
-            num_blocks=len(ids_BT) * pages,
-            max_requests_per_batch=len(ids_BT),
-            max_batch_tokens=max(PREFILL_TOKENS, len(ids_BT)),
-        )
-        began = time.perf_counter()
-        model.generate_batch(
-            inputs=ids_BT.tolist(),
-            generation_config=config,
-            continuous_batching_config=batching,
-            progress_bar=False,
-        )
-        if ids_BT.is_cuda:
-            torch.cuda.synchronize(ids_BT.device)
-        return time.perf_counter() - began
+    page, tokens = 256, WARM_STEPS + steps
+    pages = -(-(ids_BT.shape[1] + tokens) // page)
+    config = GenerationConfig(
+        max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0
+    )
+    batching = paged(
+        page,
+        num_blocks=len(ids_BT) * pages,
+        max_requests_per_batch=len(ids_BT),
+        max_batch_tokens=max(PREFILL_TOKENS, len(ids_BT)),
+    )
+    done = model.generate_batch(
+        inputs=ids_BT.tolist(),
+        generation_config=config,
+        continuous_batching_config=batching,
+        record_timestamps=True,
+        progress_bar=False,
+    )
+    failed = next((request.error for request in done.values() if request.error), None)
+    if failed or len(done) < len(ids_BT):  # it logs what went wrong, and returns
+        raise RuntimeError(failed or f"{len(ids_BT) - len(done)} of {len(ids_BT)} requests have no result")
+    return steps_together([request.timestamps for request in done.values()])
 
-    seconds(WARM_STEPS)
-    return [(seconds(WARM_STEPS + steps) - seconds(WARM_STEPS)) / steps for _ in range(3)]
+
+def steps_together(marks: list[list[float]]) -> list[float]:
+    """Seconds of the steps in which all requests were decoding, from the times of each one's tokens."""
+    first, last = max(times[0] for times in marks), min(times[-1] for times in marks)
+    latest = max(marks, key=lambda times: times[0])
+    found = [b - a for a, b in pairwise(latest) if first <= a and b <= last]
+    if not found:
+        raise RuntimeError("the first requests had ended when the last ones began")
+    return found
 
 
 def peer(decoder: Any, kind: str, slots: int, entries: int, steps: int) -> dict[str, Any]:

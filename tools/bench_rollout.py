@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from bench_decode import paged
 
 from frugal_rl.config import load_recipe
 from frugal_rl.generate.engine import Engine
@@ -142,7 +143,7 @@ def generate_arm(files: Any, tokenizer: Any, prompts: list[Any], options: Any) -
 
 
 def continuous_arm(files: Any, tokenizer: Any, prompts: list[Any], options: Any) -> Callable[[int], int]:
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     model = reference_model(files)
     config = GenerationConfig(
@@ -154,8 +155,8 @@ def continuous_arm(files: Any, tokenizer: Any, prompts: list[Any], options: Any)
         eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=0,
     )
-    batching = ContinuousBatchingConfig(
-        page_size=128,  # holds any prompt and response
+    batching = paged(
+        128,  # holds any prompt and response
         num_blocks=options.slots,
         max_requests_per_batch=options.slots,
         max_batch_tokens=max(256, options.slots),

@@ -377,8 +377,8 @@ class _Run:
         sequences = [self.sequences[slot] for slot in slots]
         self.entry_S[slot_S] = on_device([s.held for s in sequences], device)
         self.position_S[slot_S] = on_device([len(s.prompt) for s in sequences], device)
-        self.drawn_S[slot_S] = 0
-        self.end_S[slot_S] = self.max_tokens + 1
+        self.drawn_S.index_fill_(0, slot_S, 0)
+        self.end_S.index_fill_(0, slot_S, self.max_tokens + 1)
         self._note(slot_S, drawn)
 
     # --- decoding
@@ -407,7 +407,7 @@ class _Run:
             return
         lengths = [self.sequences[slot].held for slot in slots]
         eviction.compress_(self.cache, self.memory, slots, lengths)
-        self.entry_S[on_device(slots, self.decoder.device)] = eviction.budget
+        self.entry_S.index_fill_(0, on_device(slots, self.decoder.device), eviction.budget)
         for slot in slots:
             self.sequences[slot].held = eviction.budget
             self.sequences[slot].whole = False
@@ -556,5 +556,5 @@ class _Run:
             for buffer in self.per_slot:
                 buffer[slot] = buffer[last]
             self.sequences[slot] = moved
-        self.entry_S[last] = 0  # idle slots see few entries
+        self.entry_S[last].zero_()  # idle slots see few entries
         self.sequences.pop()

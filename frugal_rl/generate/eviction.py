@@ -273,7 +273,8 @@ class AttentionSums:
 
     def clear_(self, slots: list[int]) -> None:
         """See Memory."""
-        self.attention_LSKC[:, slots] = 0
+        for slot in slots:
+            self.attention_LSKC[:, slot].zero_()
 
     def keep_(self, layer: int, slot_S: Tensor, kept_SKB: Tensor) -> None:
         """See Memory."""

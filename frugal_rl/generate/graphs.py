@@ -82,7 +82,7 @@ class CudaGraphs:
 
     def capture(self, step: Action) -> Action:
         """See Recorder. Syncs with the device."""
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
@@ -91,6 +91,9 @@ class CudaGraphs:
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # an operation that waits for the device, or a library's that must not
+            torch.cuda.set_stream(current)  # torch.cuda.graph leaves the other one where a capture ends so
+            if "out of memory" in str(error):  # the driver's: a graph takes some beside PyTorch's
+                raise
             raise FrugalError(
                 f"the decode step could not be captured in a CUDA graph ({error}); set {SWITCH}=off"
             ) from error

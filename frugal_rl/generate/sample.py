@@ -98,7 +98,7 @@ def truncate(logprob_SV: Tensor, truncation: Truncation) -> Tensor:
         out_SV = out_SV.masked_fill(out_SV < least_S1, float("-inf"))
     if truncation.top_p is not None:
         falling_SV, order_SV = torch.softmax(out_SV, dim=-1).sort(dim=-1, descending=True, stable=True)
-        before_SV = falling_SV.cumsum(dim=-1) - falling_SV
+        before_SV = running_sum_(falling_SV.clone()) - falling_SV
         out_of_p_SV = before_SV >= truncation.top_p
         out_SV = out_SV.masked_fill(out_of_p_SV.scatter(1, order_SV, out_of_p_SV), float("-inf"))
     if truncation.min_p is not None:
@@ -107,11 +107,21 @@ def truncate(logprob_SV: Tensor, truncation: Truncation) -> Tensor:
     return out_SV
 
 
+def running_sum_(probability_SV: Tensor) -> Tensor:
+    """Sums that never fall, and do not rise where a probability is 0. In place, but in float64.
+
+    A GPU adds up each of several rows as one tree, but a row alone in pieces that are rounded apart and meet
+    in any order (torch's ScanUtils.cuh): in float64 then, so that this decides about no token.
+    """
+    alone = probability_SV.is_cuda and len(probability_SV) == 1
+    return (probability_SV.double() if alone else probability_SV).cumsum_(dim=-1)
+
+
 def inverse_cdf(logprob_SV: Tensor, uniform_S: Tensor) -> Tensor:
     """The token at which the cumulative probability first exceeds uniform * total."""
-    cumulative_SV = logprob_SV.exp().cumsum_(dim=-1)
+    cumulative_SV = running_sum_(logprob_SV.exp())
     threshold_S = uniform_S * cumulative_SV[:, -1]
-    # float32 rounding may lift the product to the total itself: stay below it
+    # rounding may lift the product to the total itself: stay below it
     below_S = torch.nextafter(cumulative_SV[:, -1], torch.zeros_like(threshold_S))
     threshold_S = torch.minimum(threshold_S, below_S)
     token_S = torch.searchsorted(cumulative_SV, threshold_S[:, None], right=True)[:, 0]

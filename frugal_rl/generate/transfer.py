@@ -2,6 +2,9 @@
 
 A copy from pageable memory, such as `torch.tensor(values, device="cuda")` makes, waits until the device has
 done everything before it; one between page-locked memory and the device does not. On a CPU all is at once.
+
+A number that is assigned by index is such a copy too: of `x[i] = 0` torch makes a tensor of the host's first
+(pytorch/pytorch#186482, #186486), be `i` a tensor or an integer. `index_fill_` and `zero_` take it along.
 """
 
 from __future__ import annotations
