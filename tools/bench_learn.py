@@ -100,7 +100,8 @@ def capped(device: Any, cap: int) -> None:
 
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
+        # torch refuses a device without a number here, and here alone
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device.index or 0)
 
 
 def about(device: Any) -> dict[str, Any]:
