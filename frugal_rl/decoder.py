@@ -25,6 +25,7 @@ order of sums. Source: online softmax, arXiv 1805.02867.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,6 +151,7 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.device, self.dtype = weights.device, weights.compute_dtype
+        let_products_repeat(self.device)
         model = build_skeleton(config)
         self.model = model.model
         # rotary tables are computed, not stored: they need real memory
@@ -435,6 +437,18 @@ class _Catchers(nn.Module):
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         return iter([self.catch] * self.count)
+
+
+def let_products_repeat(device: torch.device) -> None:
+    """Have cuBLAS give equal products equal bits, and torch know it; before a process's first product.
+
+    Where torch is to be deterministic (learn.repeatable) it refuses products unless CUBLAS_WORKSPACE_CONFIG
+    says so, and what that was at the very first product, of a rollout perhaps, it remembers for good
+    (pytorch/pytorch aten/src/ATen/Context.cpp, alertCuBLASConfigNotDeterministic). The workspace's size
+    decides about algorithms too.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def check_supported(config: Any) -> None:

@@ -31,7 +31,6 @@ needs a second backward pass for the global norm; here nothing is written before
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -361,11 +360,11 @@ def repeatable(device: torch.device) -> Iterator[None]:
     """On a GPU, every kernel inside gives the same bits in every run: sums are not in the order of arrival.
 
     Concerns the backward pass of attention, of which cuDNN has no such form, and sums over equal indices.
+    Products as decoder.let_products_repeat says.
     """
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses products
     settings: Any = torch.utils.deterministic
     wanted = torch.are_deterministic_algorithms_enabled()
     fill, warn = settings.fill_uninitialized_memory, torch.is_deterministic_algorithms_warn_only_enabled()
