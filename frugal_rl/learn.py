@@ -116,6 +116,8 @@ class Learner:
         if self.layers_together > 1 and self.decoder.weights.streams:
             raise ValueError("streamed layers go backward one at a time")
         self._transit = Transit(self.decoder.device, self.boundary_on_host)
+        if self.reference is not None and self.reference.boundary_on_host == self.boundary_on_host:
+            self.reference._transit = self._transit  # never at once: one place in the host's memory for both
 
     @property
     def _frozen(self) -> bool:
@@ -142,6 +144,10 @@ class Learner:
                 self._through(index, batch, states)
             state, _ = self._head(batch, states)
             return batch.spread(state.logprob_N)
+
+    def release(self) -> None:
+        """Give the host memory back in which states are kept from step to step."""
+        self._transit.release()
 
     def _away(self, state: Tensor) -> Tensor:
         """A hidden state, to where those of the whole batch are kept."""

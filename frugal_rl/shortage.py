@@ -29,6 +29,7 @@ def give_back(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # page-locked memory, as torch.cuda.graph does it
 
 
 @dataclass
