@@ -19,9 +19,14 @@ from .generate.sample import Sampler, Truncation
 from .rollout import Request, Rollout
 
 
+# of errors without a class of their own: the CPU's allocator; CUDA itself where it locks host memory, Triton
+# where it loads a kernel; cuBLAS where it makes a handle
+WORDS = ("can't allocate memory", "CUDA error: out of memory", "CUDA]: out of memory", "STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's has a class of its own, a CPU's only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """That of PyTorch's allocator for a GPU has a class, others only words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in WORDS)
 
 
 def give_back(device: torch.device) -> None:
