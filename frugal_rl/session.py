@@ -161,7 +161,8 @@ def make_engine(policy: Policy, recipe: Recipe, divided: Plan, say: Callable[[st
             )
         on_gpu = policy.decoder.device.type == "cuda"
         twin = Twin(policy.weights, policy.files.config, kind, on_gpu=on_gpu)
-        return LlamaEngine(policy.decoder, twin, divided.slots, policy.stop_ids, stop_text)
+        llama = LlamaEngine(policy.decoder, twin, divided.slots, policy.stop_ids, stop_text)
+        return Surviving(llama, policy.decoder.device, say)
     engine = Engine(
         policy.decoder,
         divided.slots,

@@ -14,19 +14,20 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import FrugalError
+from .errors import FrugalError, OutOfMemory
 from .generate.sample import Sampler, Truncation
 from .rollout import Request, Rollout
-
 
 # of errors without a class of their own: the CPU's allocator; CUDA itself where it locks host memory, Triton
 # where it loads a kernel; cuBLAS where it makes a handle
 WORDS = ("can't allocate memory", "CUDA error: out of memory", "CUDA]: out of memory", "STATUS_ALLOC_FAILED")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """That of PyTorch's allocator for a GPU has a class, others only words."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in WORDS)
+def is_out_of_memory(error: Exception) -> bool:
+    """That of PyTorch's allocator for a GPU has a class, and llama.cpp's; others only words."""
+    return isinstance(error, torch.OutOfMemoryError | OutOfMemory) or any(
+        words in str(error) for words in WORDS
+    )
 
 
 def give_back(device: torch.device) -> None:
@@ -77,7 +78,7 @@ class Surviving:
                         ended.add(place)
                         yield waiting[place], rollout
                 return
-            except RuntimeError as error:
+            except (RuntimeError, OutOfMemory) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self.slots == 1:
