@@ -15,8 +15,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from frugal_rl import decoder as decoders
+from frugal_rl.config import load_recipe
 from frugal_rl.decoder import Decoder, add_product_, let_products_repeat, product_in_float32
 from frugal_rl.learn import Learner
+from frugal_rl.models import find_model
+from frugal_rl.session import divide
 from frugal_rl.weights import Weights
 
 from .conftest import make_config, make_decoder, make_model, weights_of
@@ -108,7 +111,7 @@ def attended(query: Tensor, key: Tensor, mask: Tensor, monkeypatch: pytest.Monke
 def test_on_a_gpu_a_learners_mask_is_not_repeated_for_the_heads_that_share_keys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of 2048 tokens and 7 heads a group, 80 KiB a token as numbers and bits; keys and values 14 KiB."""
+    """Of 2048 tokens and 7 heads a group, 42 KiB a token as bits and numbers; keys and values 14 KiB."""
     with FakeTensorMode():
         query, key = on_a_gpu(3, 14, 40, 16), on_a_gpu(3, 2, 40, 16)
         mask = on_a_gpu(3, 1, 40, 40, dtype=torch.bool)
@@ -117,6 +120,20 @@ def test_on_a_gpu_a_learners_mask_is_not_repeated_for_the_heads_that_share_keys(
         query, mask = on_a_gpu(3, 14, 8, 16), on_a_gpu(3, 1, 8, 40, dtype=torch.bool)
         queries, *keys, seen = attended(query, key, mask, monkeypatch)
         assert (queries, keys, seen) == ([3, 2, 56, 16], [[3, 2, 40, 16]] * 2, [3, 1, 56, 40])
+
+
+def test_a_plan_leaves_some_of_a_gpus_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what nobody plans: a plan that fills all of it would run out at once, and halve its slots."""
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty_cache"))
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: done.append("free") or (24 << 30, 80 << 30)
+    )
+    files, device = find_model("tiny"), torch.device("cuda")
+    assert divide(files, load_recipe("tiny", []), 20, device).budget_bytes == 22 << 30
+    assert done == ["empty_cache", "free"]  # what PyTorch has cached is free too
+    set_by_hand = load_recipe("tiny", ["memory.budget=24GiB"])
+    assert divide(files, set_by_hand, 20, device).budget_bytes == 24 << 30
 
 
 @pytest.mark.gpu

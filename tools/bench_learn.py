@@ -39,7 +39,7 @@ from typing import Any
 
 from frugal_rl.config import parse_bytes
 from frugal_rl.console import size
-from frugal_rl.memory import Shape, Work, host_bytes, peak_resident_bytes, plan
+from frugal_rl.memory import Shape, Work, host_bytes, peak_resident_bytes, plan, to_divide
 from frugal_rl.shapes import find_shape
 
 SCALE = 0.02  # of the loss: the norm is then below the clip, as in training
@@ -211,7 +211,7 @@ def learner_step(options: argparse.Namespace, device: Any, name: str, form: str)
         form=form,
         host_room_bytes=host_bytes() * 3 // 4,
     )
-    planned = plan(shape, work, cap)
+    planned = plan(shape, work, to_divide(cap) if on_gpu else cap)
     held = 0 if on_gpu else peak_resident_bytes()
     weights = make_weights(config, form, device)
     decoder = Decoder(config, weights)

@@ -65,7 +65,8 @@ def write_folder(folder: Path, config: Any) -> None:
 
 
 def make_recipe(options: argparse.Namespace, folder: Path, form: str) -> Any:
-    from frugal_rl.config import load_recipe
+    from frugal_rl.config import load_recipe, parse_bytes
+    from frugal_rl.memory import to_divide
 
     chosen = {
         "model.name": json.dumps(str(folder)),
@@ -76,7 +77,7 @@ def make_recipe(options: argparse.Namespace, folder: Path, form: str) -> Any:
         "rollout.max_tokens": options.max_tokens,
         "learner.lr": options.lr,
         "train.steps": options.steps,
-        "memory.budget": json.dumps(options.cap),
+        "memory.budget": json.dumps(f"{to_divide(parse_bytes(options.cap)) >> 20}MiB"),
     }
     if options.kv_budget:
         chosen["rollout.kv_budget"] = options.kv_budget
