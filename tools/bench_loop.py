@@ -112,6 +112,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
 
     from frugal_rl.config import parse_bytes
     from frugal_rl.decoder import Decoder
+    from frugal_rl.errors import FrugalError
     from frugal_rl.journal import Journal
     from frugal_rl.memory import peak_resident_bytes
     from frugal_rl.models import find_model, load_tokenizer, stop_ids
@@ -174,7 +175,9 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
                     steps.append({**metrics, **held_now, "patch_bytes": patch})
                     if time.perf_counter() - began > options.seconds:
                         break
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, FrugalError) as error:
+                if "out of memory" not in str(error):
+                    raise
                 return {**row, "out_of_memory": str(error).split(". ")[0]}
     return {**row, **summary(steps, held), "seconds": time.perf_counter() - began}
 
