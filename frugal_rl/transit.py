@@ -61,13 +61,14 @@ class Transit:
         ahead: tuple[Tensor, Any] | None = None
         try:
             for index in range(len(states)):
-                here, arrived = ahead or self._fetched(states[index])
+                ahead = ahead or self._fetched(states[index])
+                here, arrived = ahead
                 ahead = self._fetched(states[index + 1]) if index + 1 < len(states) else None
                 self._wait(arrived)
                 yield here
                 del here
         finally:
-            if ahead is not None:  # nobody wants it: its memory is free only after the copy
+            if ahead is not None:  # nobody wants it, or the next had no room: free only after its copy
                 self._wait(ahead[1])
 
     def __enter__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -157,6 +158,25 @@ def test_a_state_that_is_in_use_is_nobody_elses_block(monkeypatch) -> None:
         again = transit.away(states(3)[2])
     assert torch.equal(again, states(3)[2])
     assert all(torch.equal(k, s) for k, s in zip(others, states(9), strict=True))
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_a_state_that_has_no_room_leaves_no_copy_under_way(fails, monkeypatch) -> None:
+    """Else the copy before it would still be under way into memory that is free."""
+    transit, device = make_transit(monkeypatch)
+    empty, asked = torch.empty, []
+
+    def short(*sizes: Any, **options: Any) -> Tensor:
+        asked.append(sizes)
+        if len(asked) == fails + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(transit.arriving(states(4)))
+    assert device.recorded == fails
+    assert set(device.waited()) == set(range(fails))
 
 
 def test_on_the_device_itself_nothing_is_copied() -> None:
