@@ -34,6 +34,7 @@ def give_back(device: torch.device) -> None:
     """Free what a phase that failed has left, so that the next attempt finds it."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.synchronize(device)  # memory that a copy is under way to or from stays cached
         torch.cuda.empty_cache()
         torch._C._host_emptyCache()  # page-locked memory, as torch.cuda.graph does it
 
