@@ -243,7 +243,11 @@ class Learner:
         self, batch: _Batch, states: list[Tensor], slope_ND: Tensor, transaction: Update
     ) -> None:
         """Turn `states` from x_L into dL/dx_L, in place; propose the norm's weight."""
-        with self.decoder.norm(learn=not self._frozen) as norm:
+        learn = not self._frozen
+        with (
+            self.decoder.norm(learn=learn) as norm,
+            _accumulate_in_float32([norm] if learn else []) as gradients,
+        ):
             arriving = zip(batch.place, batch.parts, self._transit.arriving(states), strict=True)
             for m, (place_N, part, here) in enumerate(arriving):
                 state_ND = here.flatten(0, 1)[place_N].requires_grad_()
@@ -253,9 +257,9 @@ class Learner:
                 for turn in batch.micro[m].turns:  # sums in one order, whatever the device
                     slope.flatten(0, 1)[place_N[turn]] += own_ND[turn]
                 states[m] = self._away(slope)
-            if not self._frozen:
+            if learn:
                 (weight,) = norm.parameters()
-                transaction.propose(self.decoder.norm_name, _gradient_of(weight).float())
+                transaction.propose(self.decoder.norm_name, gradients.pop(weight))
 
     def _inputs_of(self, runs: list[range], batch: _Batch, states: list[Tensor]) -> list[list[Tensor]]:
         """x_l at the start of each run of a group from that of its first; `states` is used up."""
