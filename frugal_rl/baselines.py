@@ -173,13 +173,18 @@ class Collected:
                 entries = self.dense._advance(name, self._gradient.pop(name).mul_(factor))
                 if len(entries.position_N):
                     changed[name] = entries
-        except torch.OutOfMemoryError as error:  # some masters have moved: no smaller batch can undo that
-            raise FrugalError(
-                f"out of memory in the optimizer's step, and this run cannot go on: {error}; it needs a "
-                "smaller model, or learner.kind = sgd, which has no states"
-            ) from error
+        except torch.OutOfMemoryError as error:
+            raise cannot_go_on(error) from error
         self.dense.weights.write_(changed)
         return Commit(norm, factor, changed)
+
+
+def cannot_go_on(error: torch.OutOfMemoryError) -> FrugalError:
+    """Memory ran out in an optimizer's step: some of its parameters have moved, and nothing can undo that."""
+    return FrugalError(
+        f"out of memory in the optimizer's step, and this run cannot go on: {error}; it needs a "
+        "smaller model, or learner.kind = sgd, which has no states"
+    )
 
 
 def state_bytes(optimizer: Any) -> int:

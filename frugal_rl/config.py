@@ -175,7 +175,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Memory:
-    budget: Text | None = None  # such as "24GiB"; absent: what the device has
+    budget: Text | None = None  # such as "22GiB"; absent: most of what the device has
 
     @property
     def budget_bytes(self) -> int | None:

@@ -25,6 +25,7 @@ order of sums. Source: online softmax, arXiv 1805.02867.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,6 +111,12 @@ def attention(
             query, key, value, attn_mask=bias, scale=scaling, enable_gqa=group > 1
         )
         return out.transpose(1, 2), None
+    if query.is_cuda and query.shape[2] == key.shape[2] > 1:  # learning: a mask for each of a group is larger
+        key, value = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (key, value))
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=slot_mask, scale=scaling
+        )
+        return out.transpose(1, 2), None
     # the queries that share keys stand beside each other, [B, K, G T, D]: no key is repeated
     grouped = query.reshape(query.shape[0], key.shape[1], group * query.shape[2], query.shape[3])
     if query.shape[2] > 1:
@@ -150,6 +157,7 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.device, self.dtype = weights.device, weights.compute_dtype
+        let_products_repeat(self.device)
         model = build_skeleton(config)
         self.model = model.model
         # rotary tables are computed, not stored: they need real memory
@@ -346,9 +354,12 @@ class Decoder:
             return logit_BV
         whole = self.weights.seen(self.head_name).whole(self.dtype)
         if whole is not None:
-            return (hidden_BD @ whole.T).float()
-        blocks = [hidden_BD @ self.weights.rows(self.head_name, a, b).T for a, b in self.head_blocks()]
-        return torch.cat(blocks, dim=1).float() if len(blocks) > 1 else blocks[0].float()
+            return product_in_float32(hidden_BD, whole.T)
+        blocks = [
+            product_in_float32(hidden_BD, self.weights.rows(self.head_name, a, b).T)
+            for a, b in self.head_blocks()
+        ]
+        return torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
 
     def log_probs(self, normed_ND: Tensor, target_N: Tensor, temperature: float) -> HeadState:
         """Log-probabilities of the targets under softmax(logits / temperature), and their entropies.
@@ -361,7 +372,7 @@ class Decoder:
         for start, stop in self.head_blocks():
             weight_RD = self.weights.rows(self.head_name, start, stop)
             for part in self._token_chunks(count, stop - start):
-                logit_NR = (normed_ND[part] @ weight_RD.T).float().div_(temperature)
+                logit_NR = product_in_float32(normed_ND[part], weight_RD.T).div_(temperature)
                 local_N = target_N[part] - start
                 inside_N = (local_N >= 0) & (local_N < stop - start)
                 value_N = logit_NR.gather(1, local_N.clamp(0, stop - start - 1)[:, None])[:, 0]
@@ -398,7 +409,7 @@ class Decoder:
             learns = take is not None
             block_RD = torch.zeros(weight_RD.shape if learns else 0, dtype=torch.float32, device=self.device)
             for part in self._token_chunks(len(target_N), stop - start):
-                logit_NR = (normed_ND[part] @ weight_RD.T).float().div_(temperature)
+                logit_NR = product_in_float32(normed_ND[part], weight_RD.T).div_(temperature)
                 logit_NR.sub_(normaliser_N[part][:, None]).exp_()
                 slope_NR = logit_NR.mul_(-gradient_N[part][:, None])
                 local_N = target_N[part] - start
@@ -438,6 +449,18 @@ class _Catchers(nn.Module):
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         return iter([self.catch] * self.count)
+
+
+def let_products_repeat(device: torch.device) -> None:
+    """Have cuBLAS give equal products equal bits, and torch know it; before a process's first product.
+
+    Where torch is to be deterministic (learn.repeatable) it refuses products unless CUBLAS_WORKSPACE_CONFIG
+    says so, and what that was at the very first product, of a rollout perhaps, it remembers for good
+    (pytorch/pytorch aten/src/ATen/Context.cpp, alertCuBLASConfigNotDeterministic). The workspace's size
+    decides about algorithms too.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def check_supported(config: Any) -> None:
@@ -480,6 +503,16 @@ def longest_sequence(config: Any) -> int:
     kinds = getattr(config, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else window is not None
     return min(limit, int(window)) if slides and window else limit
+
+
+def product_in_float32(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32: logits, of which bf16 keeps an eighth of a nat at 16 to 32.
+
+    On a GPU as cuBLAS has summed it; elsewhere rounded to their format first, which on a CPU is float32.
+    """
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
 
 
 def add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The two kinds of failure that a person is told about without a traceback."""
+"""The kinds of failure that a person is told about without a traceback."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class FrugalError(Exception):
 
 class InputError(FrugalError):
     """What was asked for cannot be done: bad input, refused before any work is lost (exit code 2)."""
+
+
+class OutOfMemory(FrugalError):
+    """A library that is not PyTorch got no memory; for less it may get it (shortage.py)."""

@@ -31,7 +31,6 @@ needs a second backward pass for the global norm; here nothing is written before
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -117,6 +116,8 @@ class Learner:
         if self.layers_together > 1 and self.decoder.weights.streams:
             raise ValueError("streamed layers go backward one at a time")
         self._transit = Transit(self.decoder.device, self.boundary_on_host)
+        if self.reference is not None and self.reference.boundary_on_host == self.boundary_on_host:
+            self.reference._transit = self._transit  # never at once: one place in the host's memory for both
 
     @property
     def _frozen(self) -> bool:
@@ -143,6 +144,10 @@ class Learner:
                 self._through(index, batch, states)
             state, _ = self._head(batch, states)
             return batch.spread(state.logprob_N)
+
+    def release(self) -> None:
+        """Give the host memory back in which states are kept from step to step."""
+        self._transit.release()
 
     def _away(self, state: Tensor) -> Tensor:
         """A hidden state, to where those of the whole batch are kept."""
@@ -238,7 +243,11 @@ class Learner:
         self, batch: _Batch, states: list[Tensor], slope_ND: Tensor, transaction: Update
     ) -> None:
         """Turn `states` from x_L into dL/dx_L, in place; propose the norm's weight."""
-        with self.decoder.norm(learn=not self._frozen) as norm:
+        learn = not self._frozen
+        with (
+            self.decoder.norm(learn=learn) as norm,
+            _accumulate_in_float32([norm] if learn else []) as gradients,
+        ):
             arriving = zip(batch.place, batch.parts, self._transit.arriving(states), strict=True)
             for m, (place_N, part, here) in enumerate(arriving):
                 state_ND = here.flatten(0, 1)[place_N].requires_grad_()
@@ -248,9 +257,9 @@ class Learner:
                 for turn in batch.micro[m].turns:  # sums in one order, whatever the device
                     slope.flatten(0, 1)[place_N[turn]] += own_ND[turn]
                 states[m] = self._away(slope)
-            if not self._frozen:
+            if learn:
                 (weight,) = norm.parameters()
-                transaction.propose(self.decoder.norm_name, _gradient_of(weight).float())
+                transaction.propose(self.decoder.norm_name, gradients.pop(weight))
 
     def _inputs_of(self, runs: list[range], batch: _Batch, states: list[Tensor]) -> list[list[Tensor]]:
         """x_l at the start of each run of a group from that of its first; `states` is used up."""
@@ -361,11 +370,11 @@ def repeatable(device: torch.device) -> Iterator[None]:
     """On a GPU, every kernel inside gives the same bits in every run: sums are not in the order of arrival.
 
     Concerns the backward pass of attention, of which cuDNN has no such form, and sums over equal indices.
+    Products as decoder.let_products_repeat says.
     """
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses products
     settings: Any = torch.utils.deterministic
     wanted = torch.are_deterministic_algorithms_enabled()
     fill, warn = settings.fill_uninitialized_memory, torch.is_deterministic_algorithms_warn_only_enabled()

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from .arms import ALPHA, RANK
-from .baselines import Dense, Make, optimizer, state_bytes
+from .baselines import Dense, Make, cannot_go_on, optimizer, state_bytes
 from .checkpoint import Checkpoint
 from .decoder import Decoder
 from .patch import BaseInfo, Patch, TensorPatch, write_atomically
@@ -217,12 +217,15 @@ class AdapterUpdate:
         adapted = 0
         for parameter in parameters:
             parameter.grad = None
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            before = parameter.detach().clone()
-            parameter.grad = gradient.mul_(factor)
-            self.adapters.optimizer.step()  # a parameter without a gradient is passed over
-            parameter.grad = None
-            adapted += int((before != parameter).sum())
+        try:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                before = parameter.detach().clone()
+                parameter.grad = gradient.mul_(factor)
+                self.adapters.optimizer.step()  # a parameter without a gradient is passed over
+                parameter.grad = None
+                adapted += int((before != parameter).sum())
+        except torch.OutOfMemoryError as error:
+            raise cannot_go_on(error) from error
         return Commit(norm, factor, {}, adapted=adapted)
 
 

@@ -24,7 +24,7 @@ from .generate.llamacpp import LlamaEngine, Twin
 from .generate.sample import Sampler, StopText, Truncation
 from .learn import Learner
 from .lora import Adapters, make_baseline
-from .memory import Plan, Shape, Work, host_bytes, plan, return_large_blocks, with_learner
+from .memory import Plan, Shape, Work, host_bytes, plan, return_large_blocks, to_divide, with_learner
 from .models import ModelFiles, find_model, load_config, load_tokenizer
 from .peaks import Peaks
 from .policy import Policy, best_device, load_policy, load_reference
@@ -161,7 +161,8 @@ def make_engine(policy: Policy, recipe: Recipe, divided: Plan, say: Callable[[st
             )
         on_gpu = policy.decoder.device.type == "cuda"
         twin = Twin(policy.weights, policy.files.config, kind, on_gpu=on_gpu)
-        return LlamaEngine(policy.decoder, twin, divided.slots, policy.stop_ids, stop_text)
+        llama = LlamaEngine(policy.decoder, twin, divided.slots, policy.stop_ids, stop_text)
+        return Surviving(llama, policy.decoder.device, say)
     engine = Engine(
         policy.decoder,
         divided.slots,
@@ -197,8 +198,11 @@ def divide(
     """The memory plan of a recipe on a device. `taken_bytes` of its budget are in use already."""
     budget = recipe.memory.budget_bytes
     if budget is None:
-        cuda = device.type == "cuda"
-        budget = torch.cuda.mem_get_info(device)[0] if cuda else host_bytes() * 3 // 4
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what PyTorch keeps of freed memory is not free for CUDA
+            budget = to_divide(torch.cuda.mem_get_info(device)[0])
+        else:
+            budget = host_bytes() * 3 // 4
     else:
         budget -= taken_bytes
     quantised = recipe.model.weights == "int8"

@@ -14,21 +14,29 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import FrugalError
+from .errors import FrugalError, OutOfMemory
 from .generate.sample import Sampler, Truncation
 from .rollout import Request, Rollout
 
+# of errors without a class of their own: the CPU's allocator; CUDA itself where it locks host memory, Triton
+# where it loads a kernel; cuBLAS where it makes a handle
+WORDS = ("can't allocate memory", "CUDA error: out of memory", "CUDA]: out of memory", "STATUS_ALLOC_FAILED")
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's has a class of its own, a CPU's only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+def is_out_of_memory(error: Exception) -> bool:
+    """That of PyTorch's allocator for a GPU has a class, and llama.cpp's; others only words."""
+    return isinstance(error, torch.OutOfMemoryError | OutOfMemory) or any(
+        words in str(error) for words in WORDS
+    )
 
 
 def give_back(device: torch.device) -> None:
     """Free what a phase that failed has left, so that the next attempt finds it."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.synchronize(device)  # memory that a copy is under way to or from stays cached
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # page-locked memory, as torch.cuda.graph does it
 
 
 @dataclass
@@ -71,7 +79,7 @@ class Surviving:
                         ended.add(place)
                         yield waiting[place], rollout
                 return
-            except RuntimeError as error:
+            except (RuntimeError, OutOfMemory) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self.slots == 1:

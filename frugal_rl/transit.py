@@ -10,10 +10,16 @@ side stream, in the order in which they were asked for, so a state is never fetc
 
 So a micro-batch's states travel while its neighbours compute, and LEAVING + 1 states more are on the device;
 in the backward pass, where states and slopes arrive side by side, LEAVING + 2 (memory.TRAVELLING).
+
+Page-locked blocks are kept here from step to step: locking the tens of GiB of a large batch takes seconds,
+and torch gives back all that it has cached whenever a CUDA graph is captured (torch/cuda/graphs.py). They
+have torch's own sizes, powers of two. One that is free may still be read or written by a copy: the next one,
+on the same stream, comes after it.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -32,14 +38,15 @@ class Transit:
         self.cuda: Any = torch.cuda if on_host and device.type == "cuda" else None
         self._side: Any = None
         self._leaving: deque[tuple[Tensor, Any]] = deque()
+        self._free: dict[int, list[Tensor]] = {}  # page-locked blocks by their bytes
 
     def away(self, state: Tensor) -> Tensor:
         """A state, to where those of the whole batch are kept. No sync."""
         if not self.on_host:
             return state
-        kept = torch.empty(state.shape, dtype=state.dtype, device="cpu", pin_memory=bool(self.cuda))
         if not self.cuda:
-            return kept.copy_(state)
+            return torch.empty(state.shape, dtype=state.dtype, device="cpu").copy_(state)
+        kept = self._locked(state)
         self._leaving.append((state, self._copied(kept, state)))
         if len(self._leaving) > LEAVING:
             self._wait(self._leaving.popleft()[1])
@@ -54,13 +61,14 @@ class Transit:
         ahead: tuple[Tensor, Any] | None = None
         try:
             for index in range(len(states)):
-                here, arrived = ahead or self._fetched(states[index])
+                ahead = ahead or self._fetched(states[index])
+                here, arrived = ahead
                 ahead = self._fetched(states[index + 1]) if index + 1 < len(states) else None
                 self._wait(arrived)
                 yield here
                 del here
         finally:
-            if ahead is not None:  # nobody wants it: its memory is free only after the copy
+            if ahead is not None:  # nobody wants it, or the next had no room: free only after its copy
                 self._wait(ahead[1])
 
     def __enter__(self) -> None:
@@ -69,6 +77,20 @@ class Transit:
     def __exit__(self, *_: object) -> None:
         while self._leaving:
             self._wait(self._leaving.popleft()[1])
+
+    def release(self) -> None:
+        """Let go of the blocks that no state is in; torch has them then."""
+        for blocks in self._free.values():
+            blocks.clear()
+
+    def _locked(self, like: Tensor) -> Tensor:
+        """Page-locked memory for a state; it is free again when the tensor returned is gone."""
+        size = 1 << (like.nbytes - 1).bit_length()
+        free = self._free.setdefault(size, [])
+        block = free.pop() if free else torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+        kept = block[: like.nbytes].view(like.dtype).view(like.shape)
+        weakref.finalize(kept, free.append, block).atexit = False
+        return kept
 
     def _fetched(self, kept: Tensor) -> tuple[Tensor, Any]:
         here = torch.empty(kept.shape, dtype=kept.dtype, device=self.device)

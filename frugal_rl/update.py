@@ -125,6 +125,7 @@ def within_memory(learner: Learner, say: Say, work: Callable[[], Result]) -> Res
                 ) from error
         learner.micro_tokens = max(1, learner.micro_tokens // 2)
         say(f"out of memory: going on with micro-batches of {learner.micro_tokens} tokens")
+        learner.release()  # smaller states have blocks of another size
         give_back(learner.decoder.device)
     raise AssertionError("unreachable")
 

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-from .errors import InputError
+from .errors import FrugalError, InputError
 from .kernels.choice import use_triton
 from .patch import AlreadyApplied, BaseInfo, Patch, TensorPatch, WrongBase
 from .storage import (
@@ -270,10 +270,20 @@ class Weights:
     # --- writing
 
     def write_(self, changed: Mapping[str, Changed]) -> None:
-        """Lay a step over the weights and remember what was below. In place."""
+        """Lay a step over the weights and remember what was below. In place.
+
+        Raises FrugalError where that fails half-way, for want of memory: nobody may try the step again.
+        """
         self._leave()
-        for name, entries in changed.items():
-            self.held[name].write_(entries)
+        try:
+            for name, entries in changed.items():
+                self.held[name].write_(entries)
+        except RuntimeError as error:
+            raise FrugalError(
+                f"the weights in memory hold a part of a step only, as writing it failed: {error}; the run "
+                "folder has all steps before it: go on with frugal-rl train --resume, and a smaller "
+                "memory.budget"
+            ) from error
         for watcher in self.watchers:
             watcher(changed)
 
@@ -310,8 +320,10 @@ class Weights:
     def base(self) -> Iterator[None]:
         """The reference policy: the patch taken off in place, and put back at the end."""
         self._leave()
-        policy = {name: h.take_off_() for name, h in self.held.items()}
+        policy: dict[str, Overlay] = {}
         try:
+            for name, held in self.held.items():  # memory may run out between two
+                policy[name] = held.take_off_()
             yield
         finally:
             self._leave()

@@ -51,7 +51,27 @@ def test_a_gpu_runs_the_kernels_from_capability_8(monkeypatch, capability, runs)
     monkeypatch.delenv(choice.CHOICE, raising=False)
     monkeypatch.setattr(choice, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(choice, "has_compiler", lambda: True)
     assert choice.use_triton(torch.device("cuda")) == runs
+
+
+def test_a_gpu_without_a_c_compiler_is_told_before_a_kernel_is_launched(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv(choice.CHOICE, raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(choice, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    for found, runs in (("gcc", True), ("clang", True), (None, False)):
+        choice.has_compiler.cache_clear()
+        monkeypatch.setattr(choice, "which", lambda name, found=found: found if name == found else None)
+        if runs:
+            assert choice.use_triton(torch.device("cuda"))
+            continue
+        with pytest.raises(InputError, match=r"install gcc.*FRUGAL_RL_KERNELS=plain"):
+            choice.use_triton(torch.device("cuda"))
+        monkeypatch.setenv(choice.CHOICE, "plain")
+        assert not choice.use_triton(torch.device("cuda"))
+    choice.has_compiler.cache_clear()
 
 
 def test_an_unknown_choice_is_refused(monkeypatch):

@@ -17,7 +17,7 @@ from frugal_rl.decoder import Decoder
 from frugal_rl.learn import Learner, _accumulate_in_float32
 from frugal_rl.memory import live_states
 from frugal_rl.rollout import MicroBatch, Rollout, micro_batches
-from frugal_rl.weights import Weights
+from frugal_rl.weights import Transaction, Weights
 
 from .conftest import KINDS, make_decoder, make_rollouts, weights_of
 
@@ -158,6 +158,27 @@ def test_in_bf16_the_changed_entries_are_those_of_sgd_in_float32_rounded_once() 
     assert changed > 1000
     # a float32 difference of 1e-7 decides a tie between two bf16 neighbours for about 1 entry in 1e4
     assert ties <= changed * 1e-3
+
+
+def test_in_bf16_arithmetic_no_gradient_is_summed_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over micro-batches; the last norm's is computed apart from the layers'."""
+    model, _ = make_decoder("qwen3", dtype=torch.bfloat16, tied=False)
+    weights = Weights(weights_of(model).tensors, compute_dtype=torch.bfloat16)
+    proposed: dict[str, Tensor] = {}
+
+    def note(transaction: Transaction, name: str, gradient: Tensor, **_: Any) -> None:
+        proposed[name] = gradient
+        propose(transaction, name, gradient, **_)
+
+    propose = Transaction.propose
+    monkeypatch.setattr(Transaction, "propose", note)
+    learner = Learner(Decoder(model.config, weights), 0.1, 1.0, 1.0, 40)
+    learner.step(make_rollouts(13), policy_gradient(torch.linspace(-1, 1, 13)))
+    assert proposed.keys() == weights.held.keys()
+    for name, gradient in proposed.items():
+        assert gradient.dtype == torch.float32
+        # a sum in bf16, or of one micro-batch alone, would be a bf16 number everywhere
+        assert bool((gradient != gradient.bfloat16().float()).any()), name
 
 
 def test_log_probs_are_those_of_one_sequence_at_a_time() -> None:

@@ -30,6 +30,7 @@ from frugal_rl.models import find_model, load_config
 from frugal_rl.patch import Patch
 from frugal_rl.rollout import Request, Rollout
 from frugal_rl.session import Reporter, open_session
+from frugal_rl.shortage import Surviving
 from frugal_rl.storage import Changed
 from frugal_rl.train import resume, train
 from frugal_rl.weights import Weights
@@ -352,6 +353,45 @@ def test_a_tensor_that_is_not_there_is_named() -> None:
         twin.model.tensor("blk.9.attn_q.weight")
 
 
+@needs_llama
+@pytest.mark.parametrize("when", ["cache", "batch"])
+def test_without_memory_for_all_streams_fewer_sample_the_same(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context that llama.cpp does not make, or a batch that it has no memory for (status -2)."""
+    engine, requests = make_engine(slots=8), make_requests(3, 3)
+    expected = run(engine, requests)
+    llama, said = engine.twin.model.library.llama, []
+    name = "llama_init_from_model" if when == "cache" else "llama_decode"
+    real = getattr(llama, name)
+
+    def short(first: Any, given: Any) -> Any:
+        if when == "cache":
+            return None if given.n_seq_max > 5 else real(first, given)
+        return -2 if given.n_tokens > 4 and engine.stats.decode_steps else real(first, given)
+
+    monkeypatch.setattr(llama, name, short)
+    rollouts = run(Surviving(engine, torch.device("cpu"), said.append), requests)
+    assert [r.response_ids.tolist() for r in rollouts] == [r.response_ids.tolist() for r in expected]
+    assert engine.slots == 4 and len(said) == 1 and "in 4 slots" in said[0]
+    monkeypatch.setattr(llama, name, lambda *_: None if when == "cache" else -1)
+    with pytest.raises(FrugalError, match="one slot" if when == "cache" else "status -1"):
+        run(Surviving(engine, torch.device("cpu"), said.append), requests)
+
+
+@needs_llama
+def test_on_a_gpu_its_cache_finds_the_memory_that_learning_has_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch keeps freed memory for itself, and llama.cpp asks CUDA."""
+    engine, done = make_engine(), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("given back"))
+    context = engine.twin.model.context
+    monkeypatch.setattr(engine.twin.model, "context", lambda **k: done.append("context") or context(**k))
+    run(engine, make_requests(1, 1))
+    engine.decoder.device = torch.device("cuda")
+    run(engine, make_requests(1, 1))
+    assert done == ["context", "given back", "context"]
+
+
 # --- training
 
 
@@ -369,7 +409,7 @@ def test_a_run_learns_from_it_corrected_and_resumes_bit_for_bit(tmp_path: Path) 
     with open_session(recipe, silent(lines)) as session:
         journal = Journal.create(tmp_path / "a", recipe, force=False)
         summary = train(session, journal, silent(lines), lambda: False)
-        twin = session.engine.twin  # type: ignore[attr-defined]
+        twin = session.engine.sampler.twin  # type: ignore[attr-defined]
         twin.sync_()
         fresh = Twin(session.policy.weights, session.files.config, "q8_0").tensors()
         assert all(np.array_equal(blocks, fresh[name]) for name, blocks in twin.tensors().items())

@@ -15,6 +15,7 @@ from frugal_rl.baselines import optimizer
 from frugal_rl.cli import cli
 from frugal_rl.config import load_recipe
 from frugal_rl.decoder import Decoder
+from frugal_rl.errors import FrugalError
 from frugal_rl.generate.engine import Engine
 from frugal_rl.journal import Journal
 from frugal_rl.learn import Learner
@@ -214,6 +215,21 @@ def test_a_step_that_is_not_finite_leaves_the_adapters(trained: tuple[Path, Lear
     step = learner.step(make_rollouts(3), lambda x: ((x - x.detach()).clamp(min=0).sqrt().sum(), {}))
     assert step.commit.dropped is not None and "norm" in step.commit.dropped
     assert all(torch.equal(a, b) for a, b in zip(before, adapters.parameters, strict=True))
+
+
+def test_memory_that_runs_out_among_the_adapters_steps_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of them have moved: the step cannot be done again with smaller micro-batches."""
+    learner, adapters = adapted(make_decoder("llama")[1])
+    step, done = adapters.optimizer.step, []
+
+    def short() -> None:
+        if len(done) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.append(step())
+
+    monkeypatch.setattr(adapters.optimizer, "step", short)
+    with pytest.raises(FrugalError, match="cannot go on"):
+        train(learner, 1)
 
 
 def test_the_seed_decides_the_adapters_and_leaves_other_random_numbers_alone() -> None:

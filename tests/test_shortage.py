@@ -14,7 +14,7 @@ from frugal_rl.generate.engine import Engine
 from frugal_rl.generate.sample import Truncation
 from frugal_rl.learn import Learner
 from frugal_rl.rollout import Request, Rollout
-from frugal_rl.shortage import Surviving
+from frugal_rl.shortage import Surviving, give_back
 
 from .conftest import make_decoder, make_rollouts
 
@@ -109,6 +109,22 @@ def test_what_begins_anew_draws_the_same_tokens(monkeypatch: pytest.MonkeyPatch)
     engine = Engine(decoder, 8, STOPS, 30)
     assert tokens(Surviving(engine, CPU, lambda _: None)) == expected
     assert engine.slots == 4
+
+
+def test_on_a_gpu_device_and_host_memory_are_given_back_once_nothing_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    for owner, name in (
+        (torch.cuda, "synchronize"),
+        (torch.cuda, "empty_cache"),
+        (torch._C, "_host_emptyCache"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, name=name: done.append(name), raising=False)
+    give_back(CPU)
+    assert done == []
+    give_back(torch.device("cuda"))
+    assert done == ["synchronize", "empty_cache", "_host_emptyCache"]
 
 
 def live_bytes() -> int:

@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 TOOLS = Path(__file__).parents[1] / "tools"
 SCRIPTS = sorted(TOOLS.glob("*.py"))
@@ -57,3 +58,20 @@ def _top_level(source: Path) -> set[str]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
     return names
+
+
+def test_memory_is_capped_on_a_gpu_that_is_named_without_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_per_process_memory_fraction refuses torch.device("cuda"), which has no index."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    from bench_learn import capped
+
+    asked: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *a: asked.append(a), raising=False)
+    card = type("Card", (), {"total_memory": 96 << 30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    for name in ("cuda", "cuda:0", "cuda:1", "cpu"):
+        capped(torch.device(name), 24 << 30)
+    assert asked == [(0.25, 0), (0.25, 0), (0.25, 1)]
+    others = [s.name for s in SCRIPTS if "set_per_process_memory_fraction" in s.read_text(encoding="utf-8")]
+    assert others == ["bench_learn.py"]  # each script caps its memory by this function

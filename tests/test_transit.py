@@ -5,10 +5,15 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from frugal_rl.learn import Learner
 from frugal_rl.transit import LEAVING, Transit
+from frugal_rl.update import within_memory
+
+from .conftest import make_decoder
 
 CPU = torch.device("cpu")
 
@@ -100,6 +105,78 @@ def test_a_loop_that_is_left_waits_for_the_copy_that_nobody_wants(monkeypatch) -
     assert device.waited() == [0]
     arriving.close()
     assert device.waited() == [0, 1]
+
+
+def test_page_locked_memory_is_kept_from_step_to_step(monkeypatch) -> None:
+    transit, _ = make_transit(monkeypatch)
+    made: list[int] = []
+    empty = torch.empty
+
+    def note(*sizes: Any, **options: Any) -> Tensor:
+        made.extend([sizes[0]] if options.get("dtype") == torch.uint8 else [])
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", note)
+    for step in range(3):
+        with transit:
+            kept = [transit.away(state + step) for state in states(4)]
+            assert all(torch.equal(k, s + step) for k, s in zip(kept, states(4), strict=True))
+            kept[1] = transit.away(torch.ones(5, dtype=torch.bfloat16))  # 10 bytes: a block of 16
+            assert torch.equal(kept[0], states(4)[0] + step)
+            del kept
+    assert made == [32] * 4 + [16]  # 24 bytes a state, rounded up as torch does it
+    transit.release()
+    with transit:
+        transit.away(states(1)[0])
+    assert made == [32] * 4 + [16, 32]
+
+
+def test_when_memory_runs_out_the_blocks_go_and_another_model_shares_them() -> None:
+    _, decoder = make_decoder("qwen2")
+    reference = Learner(decoder, 0.1, None, 1.0, 100, boundary_on_host=True)
+    learner = Learner(decoder, 0.1, None, 1.0, 100, boundary_on_host=True, reference=reference)
+    assert reference._transit is learner._transit
+    learner._transit._free = {64: [torch.empty(64)]}
+    attempts = []
+
+    def work() -> None:
+        attempts.append(sum(map(len, learner._transit._free.values())))
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    within_memory(learner, lambda _: None, work)
+    assert attempts == [1, 0] and learner.micro_tokens == 50
+
+
+def test_a_state_that_is_in_use_is_nobody_elses_block(monkeypatch) -> None:
+    transit, _ = make_transit(monkeypatch)
+    with transit:
+        first = transit.away(states(2)[1])
+        others = [transit.away(state) for state in states(9)]
+        assert torch.equal(first, states(2)[1])
+        del first
+        again = transit.away(states(3)[2])
+    assert torch.equal(again, states(3)[2])
+    assert all(torch.equal(k, s) for k, s in zip(others, states(9), strict=True))
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_a_state_that_has_no_room_leaves_no_copy_under_way(fails, monkeypatch) -> None:
+    """Else the copy before it would still be under way into memory that is free."""
+    transit, device = make_transit(monkeypatch)
+    empty, asked = torch.empty, []
+
+    def short(*sizes: Any, **options: Any) -> Tensor:
+        asked.append(sizes)
+        if len(asked) == fails + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(transit.arriving(states(4)))
+    assert device.recorded == fails
+    assert set(device.waited()) == set(range(fails))
 
 
 def test_on_the_device_itself_nothing_is_copied() -> None:

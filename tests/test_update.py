@@ -511,3 +511,17 @@ def test_a_cpu_that_is_out_of_memory_is_known_by_its_words() -> None:
         torch.empty(1 << 60)
     assert update.is_out_of_memory(caught.value)
     assert not update.is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
+def test_whoever_on_a_gpu_is_out_of_memory_is_known(error: RuntimeError) -> None:
+    assert update.is_out_of_memory(error)
+    assert not update.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from frugal_rl.errors import FrugalError
 from frugal_rl.patch import AlreadyApplied, BaseInfo, WrongBase
+from frugal_rl.storage import Quantised
 from frugal_rl.weights import Transaction, Weights, bits_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -207,3 +209,35 @@ def test_negative_zero_and_zero_are_different_bits() -> None:
     # float32(-0.0) - 0.0 is -0.0: nothing moves
     assert result.entries == 0
     assert np.signbit(weights.tensors["a"].float().numpy()).tolist() == [True, False]
+
+
+def test_a_step_that_is_written_half_way_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An out-of-memory would be taken for one of the step's: done again, on half-changed weights."""
+    weights = make_weights(torch.bfloat16)
+
+    def short(entries: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(weights.held["c"], "write_", short)
+    with pytest.raises(FrugalError, match=r"part of a step only.*2\.00 GiB.*--resume"):
+        commit(weights, make_gradients(), 0.1, None)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_memory_that_runs_out_while_the_patch_is_taken_off_does_not_lose_it(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_weights(torch.bfloat16)
+    weights = made if whole else Weights({n: Quantised.of(t) for n, t in made.tensors.items() if t.ndim == 2})
+    commit(weights, {n: g for n, g in make_gradients().items() if n in weights.held}, 0.1, None)
+    policy = {name: tensor.clone() for name, tensor in weights.tensors.items()}
+    counts = weights.changed_counts()
+
+    def short() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(weights.held["c"], "take_off_", short)
+    with pytest.raises(torch.OutOfMemoryError), weights.base():
+        raise AssertionError("not reached")
+    assert all(torch.equal(tensor, policy[name]) for name, tensor in weights.tensors.items())
+    assert weights.changed_counts() == counts > (100, 0)

@@ -40,7 +40,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from bench_learn import make_config, make_weights
+from bench_learn import capped, make_config, make_weights
 
 from frugal_rl.config import parse_bytes
 from frugal_rl.console import size
@@ -318,9 +318,7 @@ def one(options: argparse.Namespace, name: str, form: str) -> Iterator[dict[str,
     began = time.monotonic()
     device, cap = torch.device(options.device), parse_bytes(options.cap)
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
+    capped(device, cap)
     bandwidth = copy_bandwidth(device, 1 << (30 if on_gpu else 24))
     yield {"kind": "ceiling", "copy_bytes_per_s": bandwidth}
     shape, _ = find_shape(name)

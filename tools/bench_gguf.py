@@ -199,7 +199,7 @@ def logits(threads: int) -> None:
         report = Reporter(lambda text: None, lambda row: None)
         with tempfile.TemporaryDirectory() as folder, open_session(recipe, report) as session:
             train(session, Journal.create(Path(folder) / "run", recipe, force=False), report, lambda: False)
-            twin = session.engine.twin  # type: ignore[attr-defined]
+            twin = session.engine.sampler.twin  # type: ignore[attr-defined]
             twin.sync_()
             fresh = Twin(session.policy.weights, session.files.config, form)
             same = all(np.array_equal(blocks, fresh.tensors()[n]) for n, blocks in twin.tensors().items())

@@ -38,6 +38,7 @@ os.environ["FRUGAL_RL_KERNELS"] = "triton"
 
 import torch
 import triton
+from bench_learn import capped
 
 from frugal_rl.config import parse_bytes
 from frugal_rl.kernels.attention import decode_attention
@@ -280,9 +281,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     options.compute = torch.bfloat16 if on_gpu else torch.float32
     torch.manual_seed(0)
-    if on_gpu:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(options.cap) / total), device)
+    capped(device, parse_bytes(options.cap))
     models = {name: find_shape(name)[0] for name in options.models.split(",")} if on_gpu else {"tiny": TINY}
     tokens = [int(many) for many in options.tokens.split(",")] if on_gpu else [1, 9]
     top = ceiling(device)

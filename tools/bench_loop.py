@@ -65,7 +65,8 @@ def write_folder(folder: Path, config: Any) -> None:
 
 
 def make_recipe(options: argparse.Namespace, folder: Path, form: str) -> Any:
-    from frugal_rl.config import load_recipe
+    from frugal_rl.config import load_recipe, parse_bytes
+    from frugal_rl.memory import to_divide
 
     chosen = {
         "model.name": json.dumps(str(folder)),
@@ -76,7 +77,7 @@ def make_recipe(options: argparse.Namespace, folder: Path, form: str) -> Any:
         "rollout.max_tokens": options.max_tokens,
         "learner.lr": options.lr,
         "train.steps": options.steps,
-        "memory.budget": json.dumps(options.cap),
+        "memory.budget": json.dumps(f"{to_divide(parse_bytes(options.cap)) >> 20}MiB"),
     }
     if options.kv_budget:
         chosen["rollout.kv_budget"] = options.kv_budget
@@ -111,6 +112,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
 
     from frugal_rl.config import parse_bytes
     from frugal_rl.decoder import Decoder
+    from frugal_rl.errors import FrugalError
     from frugal_rl.journal import Journal
     from frugal_rl.memory import peak_resident_bytes
     from frugal_rl.models import find_model, load_tokenizer, stop_ids
@@ -173,7 +175,9 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
                     steps.append({**metrics, **held_now, "patch_bytes": patch})
                     if time.perf_counter() - began > options.seconds:
                         break
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, FrugalError) as error:
+                if "out of memory" not in str(error):
+                    raise
                 return {**row, "out_of_memory": str(error).split(". ")[0]}
     return {**row, **summary(steps, held), "seconds": time.perf_counter() - began}
 

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import FrugalError, InputError
+from ..errors import FrugalError, InputError, OutOfMemory
 
 GET_TENSOR = "_ZNK11llama_model10get_tensorEPKc"
 MOST_SEQUENCES = 256  # LLAMA_MAX_SEQ
+NO_MEMORY = -2  # llama_decode's status for GGML_STATUS_ALLOC_FAILED
 CELLS_MULTIPLE = 256  # a sequence's cells are filled up to a multiple of so many
 INSTALL = "pip install 'frugal-rl[llama]' (it is compiled, in about five minutes)"
 RUN_BYTES = 1 << 16  # on a GPU: with more runs than one for so many bytes, a tensor is written whole
@@ -186,7 +187,7 @@ class LlamaModel:
 
 
 class LlamaContext:
-    """A cache with a stream for each sequence. Raises FrugalError where its memory is not to be had."""
+    """A cache with a stream for each sequence. Raises OutOfMemory where there is no room for it."""
 
     def __init__(self, model: LlamaModel, sequences: int, cells: int, batch_tokens: int) -> None:
         assert sequences <= MOST_SEQUENCES, f"{sequences} sequences, llama.cpp has {MOST_SEQUENCES}"
@@ -202,7 +203,7 @@ class LlamaContext:
         _SAID.clear()
         self.pointer = self.llama.llama_init_from_model(model.pointer, params)
         if not self.pointer:
-            raise FrugalError(
+            raise OutOfMemory(
                 f"llama.cpp has no context of {sequences} x {cells} tokens: {_said()}; lower memory.budget"
             )
         self.memory = self.llama.llama_get_memory(self.pointer)
@@ -220,7 +221,7 @@ class LlamaContext:
     def decode(self, token_N: Array, position_N: Array, sequence_N: Array, wanted_N: Array) -> Array:
         """Append tokens to sequences; logits [W, V] after those wanted, valid until the next call.
 
-        `wanted_N`: bool. Raises FrugalError.
+        `wanted_N`: bool. Raises FrugalError; OutOfMemory where that was why.
         """
         token_N, position_N, sequence_N = (
             np.ascontiguousarray(x, np.int32) for x in (token_N, position_N, sequence_N)
@@ -239,7 +240,8 @@ class LlamaContext:
         )
         status = self.llama.llama_decode(self.pointer, batch)
         if status:
-            raise FrugalError(f"llama.cpp did not decode {len(token_N)} tokens (status {status}): {_said()}")
+            kind = OutOfMemory if status == NO_MEMORY else FrugalError
+            raise kind(f"llama.cpp did not decode {len(token_N)} tokens (status {status}): {_said()}")
         count = int(wanted_N.sum())
         if not count:
             return np.empty((0, self.model.vocabulary), np.float32)

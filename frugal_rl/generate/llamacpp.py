@@ -206,6 +206,8 @@ class LlamaEngine:
             )
         self.stats = EngineStats()
         self.twin.sync_()
+        if self.decoder.device.type == "cuda":  # what learning has freed is PyTorch's still
+            torch.cuda.empty_cache()
         slots = min(self.slots, len(requests), LLAMA_SLOTS)
         with self.twin.model.context(
             sequences=slots + 1,

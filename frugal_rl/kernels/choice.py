@@ -11,7 +11,9 @@ here needs the triton package. The environment variable FRUGAL_RL_KERNELS says w
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
+from shutil import which
 
 import torch
 
@@ -37,7 +39,19 @@ def use_triton(device: torch.device) -> bool:
     missing = _missing(device)
     if choice == "triton" and missing:
         raise InputError(f"{CHOICE}=triton, but {missing}; set {CHOICE}=auto or plain")
-    return not missing and (choice == "triton" or not interpreted())
+    runs = not missing and (choice == "triton" or not interpreted())
+    if runs and device.type == "cuda" and not has_compiler():
+        raise InputError(
+            "Triton's kernels need a C compiler, to be launched with, and there is none: install gcc (and "
+            f"Python's headers), or set {CHOICE}=plain, which is slower"
+        )
+    return runs
+
+
+@cache
+def has_compiler() -> bool:
+    """What Triton looks for: CC, clang, gcc (triton/runtime/build.py)."""
+    return "CC" in os.environ or any(map(which, ("clang", "gcc")))
 
 
 def _missing(device: torch.device) -> str | None:
