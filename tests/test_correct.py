@@ -27,7 +27,7 @@ def batch(seed, rows=8, width=6, spread=0.5):
     """Log-probabilities of old policy and sampler, and lengths 1 to `width`: some tokens in every piece.
 
     Row 1 has one token that the old policy would hardly have drawn, row 2 is as the sampler drew it, row 3
-    is off by so little that geometric bands keep it.
+    is off by so little that geometric bands keep it, though six times that is outside.
     """
     source = torch.Generator().manual_seed(seed)
     old_BT = -2 * torch.rand(rows, width, generator=source, dtype=torch.float64)
@@ -36,7 +36,7 @@ def batch(seed, rows=8, width=6, spread=0.5):
     length_B[:4] = width
     sampler_BT[1, 2] = old_BT[1, 2] + 12.0
     sampler_BT[2] = old_BT[2]
-    sampler_BT[3] = old_BT[3] + 1e-5
+    sampler_BT[3] = old_BT[3] + 4e-4
     return old_BT, sampler_BT, torch.arange(width) < length_B[:, None]
 
 
@@ -351,6 +351,13 @@ def test_the_numbers_are_numpys(name, rows):
     }
     assert got.stats == pytest.approx(expected, abs=1e-12)
     assert mean_gap(old_BT, sampler_BT, mask_BT) == pytest.approx(np.abs(gap).mean())
+
+
+def test_the_limits_of_a_band_are_within_it():
+    one_BT, zero_BT = torch.ones(2, 3, dtype=torch.bool), tensor([[0.0] * 3] * 2)
+    for low, high in ((1.0, 1.0), (1.0, 2.0), (0.5, 1.0)):
+        got = correct(Correction("token", band="token", low=low, high=high), zero_BT, zero_BT, one_BT)
+        assert got.weight_BT.eq(1).all() and got.counted_BT.all()
 
 
 def test_k3_is_of_the_sampler_to_the_old_policy():

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from frugal_rl.decoder import Decoder
 from frugal_rl.errors import FrugalError, InputError
 from frugal_rl.generate.cache import SlotCache
-from frugal_rl.generate.engine import Engine, _Run
+from frugal_rl.generate.engine import Engine, _Run, room_for
 from frugal_rl.generate.eviction import Eviction
 from frugal_rl.generate.sample import StopText, Truncation, draw, inverse_cdf, truncate
 from frugal_rl.learn import Learner
@@ -150,6 +150,22 @@ def test_a_group_runs_its_prompt_once_when_it_fits() -> None:
     assert engine.stats.prompt_tokens == sum(len(r.prompt_ids) for r in requests[::6])
 
 
+@pytest.mark.parametrize("prompt,evictions", [(11, 0), (12, 0), (13, 1)])
+def test_a_group_of_any_size_runs_its_prompt_once_until_its_entries_are_evicted(
+    prompt: int, evictions: int
+) -> None:
+    """One slot, three samples: the later ones begin from the entries that the first began from."""
+    _, decoder = make_decoder("qwen2")
+    requests = [Request(tuple(range(8, 8 + prompt)), (0, i)) for i in range(3)]
+    engine = Engine(decoder, 1, frozenset(), 1000, eviction=Eviction("streaming", 12, MAX_TOKENS))
+    run(engine, requests, 1.0)
+    assert (engine.stats.prompt_tokens, engine.stats.evictions) == (prompt, evictions)
+    assert engine.stats.decoded_tokens == 3 * MAX_TOKENS
+    engine = Engine(decoder, 1, frozenset(), 1000, eviction=Eviction("streaming", 12, 4))
+    run(engine, requests, 1.0)
+    assert engine.stats.prompt_tokens == 3 * prompt
+
+
 def test_finished_slots_are_refilled_at_once() -> None:
     _, decoder = make_decoder("qwen2")
     engine = Engine(decoder, 4, STOPS, 1000)
@@ -218,6 +234,12 @@ def test_decoding_waits_for_no_value_and_has_static_shapes(method: Any, truncati
     with Operations() as waiting:  # and the names are those of what does wait
         bool(batch.token_ST[0, 0] > 0)
     assert any("_local_scalar_dense" in name for name, _ in waiting.seen)
+
+
+def test_what_would_fit_is_said_where_something_would() -> None:
+    assert room_for(9, 4, 10) == "max_tokens of at most 1 or prompts of at most 6 tokens would do"
+    assert room_for(10, 9, 10) == "prompts of at most 1 tokens would do"
+    assert room_for(9, 10, 10) == "max_tokens of at most 1 would do"
 
 
 def test_the_cache_is_as_large_as_its_slots_say() -> None:

@@ -142,6 +142,29 @@ def test_the_number_of_micro_batches_changes_nothing(micro_tokens: int, count: i
     assert update < UPDATE_TOLERANCE
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_number_of_the_heads_blocks_changes_nothing(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """13 rows of the head at a time, the last 12, and 64 tokens."""
+    monkeypatch.setattr("frugal_rl.decoder.HEAD_BLOCK_BYTES", 13 * 64 * 4)
+    model, decoder = make_decoder("qwen2", tied=tied)
+    before = {k: v.clone() for k, v in decoder.weights.tensors.items()}
+    rollouts, advantages = make_rollouts(13), torch.linspace(-1, 1, 13)
+    assert [a for a, _ in decoder.head_blocks()] == [0, 13, 26, 39, 52, 65, 78]
+    # some of the text's tokens are the first rows of blocks
+    assert {26, 39, 52} & {int(t) for r in rollouts for t in [*r.prompt_ids, *r.response_ids]}
+    assert sum(len(r.response_ids) for r in rollouts) > 2 * 64
+    learner = Learner(decoder, 0.1, 1.0, TEMPERATURE, 140)
+    logprob_BT = learner.log_probs(rollouts)
+    for row, rollout in enumerate(rollouts):
+        slow_T = slow_log_probs(model, rollout).detach()
+        torch.testing.assert_close(logprob_BT[row, : len(slow_T)], slow_T, rtol=0, atol=2e-6)
+    learner.step(rollouts, policy_gradient(advantages))
+    sgd_step(model, rollouts, advantages, 0.1, 1.0)
+    weight, update = relative_errors(model, decoder, before)
+    assert weight < WEIGHT_TOLERANCE
+    assert update < UPDATE_TOLERANCE
+
+
 def test_in_bf16_the_changed_entries_are_those_of_sgd_in_float32_rounded_once() -> None:
     model, decoder = make_decoder("llama", dtype=torch.bfloat16)
     before = {k: v.clone() for k, v in decoder.weights.tensors.items()}

@@ -22,6 +22,7 @@ from frugal_rl.patch import (
     BaseInfo,
     DamagedPatch,
     Patch,
+    PatchError,
     TensorPatch,
     WrongBase,
     fingerprint_of_tensor,
@@ -362,6 +363,7 @@ def test_the_header_alone_says_what_the_patch_holds(tmp_path: Path) -> None:
     assert header.untouched == ("c",)
     assert header.meta == {"recipe": "tiny"}
     assert header.file_bytes == size
+    assert header.stream_bytes == size - 8 - struct.unpack("<Q", path.read_bytes()[:8])[0]
     with pytest.raises(DamagedPatch):
         Patch.load(path)
 
@@ -393,14 +395,29 @@ def test_bytes_stay_near_the_entropy_bound(density: float, most: float, ulp: boo
     assert streams <= most * (ways / math.log(2) + count * (1 if ulp else 16)) / 8
 
 
+def test_the_largest_tensor_is_patched_and_a_larger_one_is_refused() -> None:
+    """At no cost: what is not listed is nowhere."""
+    position_N, bits_N = np.array([0, 2**48 - 1]), np.zeros(2, "u2")
+    for shape in ((2**48,), (2**24, 2**24)):
+        tensor = TensorPatch.from_bits("BF16", shape, position_N, bits_N, bits_N + np.uint16(1))
+        patch = Patch({"a": tensor}, BaseInfo("x", {}))
+        assert Patch.decode(patch.encode()) == patch
+    with pytest.raises(PatchError, match="changed entries in shape"):
+        TensorPatch.from_bits("BF16", (2**48 + 1,), position_N, bits_N, bits_N + np.uint16(1))
+
+
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "p.safetensors"
     path.write_bytes(b"old")
 
+    synced: list[int] = []
+
     def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+        synced.append(descriptor)
+        if len(synced) == 1:  # the file; the folder could be synced
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):

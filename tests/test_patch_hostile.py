@@ -14,7 +14,7 @@ import zstandard
 
 from frugal_rl.container import pack
 from frugal_rl.errors import InputError
-from frugal_rl.patch import KEYS, PLAIN, BaseInfo, DamagedPatch, Patch, PatchError, TensorPatch
+from frugal_rl.patch import KEYS, PLAIN, STREAMS, BaseInfo, DamagedPatch, Patch, PatchError, TensorPatch
 
 from .test_patch import H, header_of, small_patch
 
@@ -130,6 +130,15 @@ def test_a_stream_that_contradicts_the_header_is_refused(lie: str) -> None:
     message, change = STREAM_LIES[lie]
     with pytest.raises(DamagedPatch, match=message):
         Patch.decode(forged(small_patch(), change_streams=change))
+
+
+def test_a_stream_with_a_byte_of_zeros_too_many_is_refused() -> None:
+    names: list[str] = []
+    assert Patch.decode(forged(small_patch(), change_streams=names.extend)) == small_patch()
+    assert set(names) == set(STREAMS)
+    for name in names:
+        with pytest.raises(DamagedPatch, match=f"stream {name}"):
+            Patch.decode(forged(small_patch(), lambda s, n=name: s.update({n: s[n] + b"\0"})))
 
 
 def row(index: int, value: Any) -> Any:
@@ -261,7 +270,7 @@ def test_bytes_after_a_whole_frame_are_refused() -> None:
         Patch.decode(replaced_stream(data, "more", zstandard.compress(content[0]) + b"x"))
 
 
-def test_a_gap_that_would_wrap_around_is_refused() -> None:
+def test_a_gap_that_would_wrap_around_is_refused_and_so_is_a_part_of_one() -> None:
     positions = np.array([*range(200), 100_000])
     bits = np.zeros(201, "u2")
     tensor = TensorPatch.from_bits("BF16", (200_000,), positions, bits, bits + np.uint16(1))
@@ -273,6 +282,9 @@ def test_a_gap_that_would_wrap_around_is_refused() -> None:
 
     with pytest.raises(DamagedPatch, match="a gap of a is 18446744073709551615"):
         Patch.decode(forged(patch, change_streams=wrap))
+    for cut in (b"", b"\0" * 7, b"\0" * 9):
+        with pytest.raises(DamagedPatch, match=r"stream gaps\.big has \d bytes, expected 8 to 8"):
+            Patch.decode(forged(patch, change_streams=lambda s, cut=cut: s.update({"gaps.big": cut})))
 
 
 def test_lying_sizes_allocate_next_to_nothing() -> None:

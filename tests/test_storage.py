@@ -92,7 +92,9 @@ def test_the_quantiser_is_that_of_bitsandbytes_bit_for_bit(monkeypatch: pytest.M
         assert torch.equal(held.rows(slice(0, 301), torch.bfloat16), expected)
 
 
-def test_codes_and_values_are_those_of_the_formula() -> None:
+@pytest.mark.parametrize("block", [storage.BLOCK, 250, 1])
+def test_codes_and_values_are_those_of_the_formula(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "BLOCK", block)  # all rows, a few, less than one: a row is never cut
     for weight in (make_tensors()["a"], make_tensors()["c"]):
         held = Quantised.of(weight)
         code, _, value = slow_base(weight)
@@ -167,7 +169,7 @@ def test_what_is_proposed_is_what_changes_when_nothing_is_clipped() -> None:
         transaction = Transaction(weights, lr, None)
         rows = torch.arange(31, -1, -2)
         transaction.propose("c", gradients["c"][rows], row_R=rows)
-        transaction.propose("c", gradients["c"][32:], first_row=32)
+        transaction.propose("c", gradients["c"][33:], first_row=33)  # not the half, nor a multiple of 3
         kept = sum(len(p) for chunks in transaction._proposed.values() for p, *_ in chunks)
         assert transaction.commit().entries == kept > 0
 
@@ -180,10 +182,10 @@ def test_the_order_of_proposals_and_their_cut_into_rows_change_nothing() -> None
         transaction = Transaction(pieces, 0.05, 1.0)
         odd, even = torch.arange(1, 64, 2), torch.arange(0, 64, 2)
         transaction.propose("c", gradients["c"][odd], row_R=odd)
-        transaction.propose("a", gradients["a"][20:], first_row=20)
+        transaction.propose("a", gradients["a"][19:], first_row=19)
         transaction.propose("b", gradients["b"])
         transaction.propose("c", gradients["c"][even], row_R=even)
-        transaction.propose("a", gradients["a"][:20])
+        transaction.propose("a", gradients["a"][:19])
         transaction.commit()
     for name in gradients:
         assert torch.equal(bits_of(whole.tensors[name]), bits_of(pieces.tensors[name]))
@@ -366,6 +368,7 @@ def test_a_checkpoint_is_quantised_matrix_by_matrix_while_it_is_read(
     size = sum(original[k].numel() + 4 * len(original[k]) for k in matrices)
     assert weights.nbytes == size + sum(v.nbytes for k, v in original.items() if k not in matrices)
     assert weights.storage_dtype == torch.bfloat16
+    assert weights.parameters == sum(v.numel() for v in original.values())
     assert weights.base_info == replace(INFO, name="m (int8)")
     assert weights.held["model.embed_tokens.weight"].shape[0] == VOCABULARY
 

@@ -136,6 +136,12 @@ def test_the_engine_samples_from_the_twin_and_the_learner_scores_the_checkpoint(
     assert torch.equal(scored_BT, Learner(whole, 0.1, 1.0, 1.0, 60).log_probs(rollouts))
 
 
+def present(decoder: Decoder) -> set[str]:
+    """The streamed matrices that are on the device."""
+    held = decoder.weights.held.items()
+    return {name for name, h in held if isinstance(h, Streamed) and h.present is not None}
+
+
 def test_a_layer_on_the_device_never_outlives_a_change_of_the_weights(
     tmp_path: Path, tiny_folder: Path
 ) -> None:
@@ -143,15 +149,22 @@ def test_a_layer_on_the_device_never_outlives_a_change_of_the_weights(
     name = decoder.targets[0][0].name
     decoder.weights.bring(0)
     before = decoder.weights.load(name).clone()
+    with decoder.sampling():
+        sampled = decoder.weights.load(name).clone()
     step(decoder)  # ends with layer 0 on the device
     decoder.weights.bring(0)
+    assert present(decoder) == set(decoder.weights._groups[0])
     after = decoder.weights.load(name).clone()
     assert not torch.equal(before, after)
     with decoder.weights.base():
         decoder.weights.bring(0)
         assert torch.equal(decoder.weights.load(name), before)
+        with decoder.sampling():  # the twin is the base's too
+            assert torch.equal(decoder.weights.load(name), sampled)
     decoder.weights.bring(0)
     assert torch.equal(decoder.weights.load(name), after)
+    decoder.weights.release()
+    assert not present(decoder)
 
 
 # --- the stream
@@ -232,6 +245,7 @@ def test_another_model_is_the_reference_and_leaves_nothing_on_the_device(
     assert torch.equal(scored_BT, Learner(load(folder), 0.1, 1.0, 0.7, 60).log_probs(rollouts))
     assert not torch.equal(scored_BT, learner.log_probs(rollouts))
     assert reference.weights._stream is not None and not reference.weights._stream._buffers
+    assert not present(reference)
     # its matrices are nowhere but in the file: what is held are norms
     assert reference.weights.nbytes < 0.01 * weights_of(make_model(reference.config)).nbytes
 

@@ -252,8 +252,8 @@ class AttentionSums:
         (batch, heads, queries, _), entries = query.shape, key.shape[2]
         many = max(1, EVICTION_BLOCK_BYTES // (heads * entries * 4))  # queries of all heads at a time
         step = min(queries, many)
-        for row in range(0, batch, max(1, many // step)):
-            rows = slice(row, row + max(1, many // step))
+        for row in range(0, batch, many // step):
+            rows = slice(row, row + many // step)
             for start in range(0, queries, step):
                 index_T = torch.arange(start, min(start + step, queries), device=query.device)
                 if mask is None:
