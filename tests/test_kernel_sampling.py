@@ -120,13 +120,15 @@ def test_many_tokens_at_a_time_are_multiplied_by_a_dequantised_copy(monkeypatch)
 
 
 def test_plain_sampling_has_no_kernel_in_it(monkeypatch):
-    from frugal_rl.kernels import attention, matmul
+    from frugal_rl.kernels import attention, fused, matmul
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a kernel ran")
 
     monkeypatch.setattr(matmul.Matrix, "product", refuse)
     monkeypatch.setattr(attention, "decode_attention", refuse)
+    for name in ("norm", "add_norm", "rotate_and_keep", "gated"):
+        monkeypatch.setattr(fused, name, refuse)
     monkeypatch.setenv(choice.CHOICE, "plain")
     sample(make_decoder("llama", tied=True, changed=0.0), temperature=0)
 
