@@ -47,6 +47,15 @@ def test_steps_of_continuous_batching_are_those_in_which_all_requests_decode(
         steps_together([[0.0, 1.0], [2.0, 3.0]])
 
 
+def test_a_machine_without_git_is_told_the_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    from bench_learn import commit
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("FRUGAL_RL_COMMIT", "c0ffee1")
+    assert commit() == "c0ffee1"
+
+
 def _top_level(source: Path) -> set[str]:
     """Names that a file defines, assigns or imports outside of functions."""
     names: set[str] = set()

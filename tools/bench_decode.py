@@ -401,12 +401,10 @@ def schedule(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def environment(device: str) -> dict[str, Any]:
     import torch
+    from bench_learn import commit
 
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     cuda = device == "cuda"
-    found = {"commit": done.stdout.strip() or None, "torch": torch.__version__}
+    found: dict[str, Any] = {"commit": commit(), "torch": torch.__version__}
     for package in ("transformers", "triton"):
         try:
             found[package] = importlib.metadata.version(package)

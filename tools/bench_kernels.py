@@ -26,7 +26,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -269,6 +268,8 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    from bench_learn import commit
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", default="Qwen2.5-1.5B,Qwen2.5-7B,Qwen2.5-14B")
     parser.add_argument("--tokens", default="1,16,64,128")
@@ -286,12 +287,9 @@ def main() -> None:
     tokens = [int(many) for many in options.tokens.split(",")] if on_gpu else [1, 9]
     top = ceiling(device)
     print(f"copy: {top / GIB:.1f} GiB/s", flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "copy_gib_per_s": top / GIB,

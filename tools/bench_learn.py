@@ -106,6 +106,16 @@ def capped(device: Any, cap: int) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device.index or 0)
 
 
+def commit() -> str | None:
+    """This checkout's; where git is not installed, or knows nothing of it, what FRUGAL_RL_COMMIT says."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        found = ""
+    return found or os.environ.get("FRUGAL_RL_COMMIT")
+
+
 def about(device: Any) -> dict[str, Any]:
     """Device, commit and versions."""
     from importlib.metadata import PackageNotFoundError, version
@@ -118,12 +128,10 @@ def about(device: Any) -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
     packages = ("frugal-rl", "torch", "transformers", "triton", "peft", "bitsandbytes")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "commit": commit or os.environ.get("FRUGAL_RL_COMMIT"),
+        "commit": commit(),
         "versions": {name: number(name) for name in packages},
     }
 
