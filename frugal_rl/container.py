@@ -96,7 +96,7 @@ class Container:
     ) -> None:
         self.data, self.file_bytes, self.where = data, file_bytes, where
         size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else 0
-        if size > min(MAX_HEADER_BYTES, file_bytes - 8) or len(data) < 8 + size or not size:
+        if size > min(MAX_HEADER_BYTES, file_bytes - 8) or not size:
             raise self.damaged(f"it has {file_bytes} bytes and its header claims {size} of them")
         self.start = 8 + size
         raw = data[8 : self.start]

@@ -66,7 +66,6 @@ class Transit:
                 ahead = self._fetched(states[index + 1]) if index + 1 < len(states) else None
                 self._wait(arrived)
                 yield here
-                del here
         finally:
             if ahead is not None:  # nobody wants it, or the next had no room: free only after its copy
                 self._wait(ahead[1])

@@ -130,6 +130,13 @@ def test_a_copy_leaves_the_file_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists; give another name, or --force"):
         change.apply(case.file, case.patch, case.base, out=out)
     change.apply(case.file, case.patch, case.base, out=out, force=True)
+    for change_it, file, error in (
+        (change.apply, out, AlreadyApplied),
+        (change.revert, case.file, NotApplied),
+    ):
+        with pytest.raises(error):
+            change_it(file, case.patch, case.base, out=tmp_path / "not.gguf")
+    assert not (tmp_path / "not.gguf").exists()
     back = tmp_path / "back.gguf"
     change.revert(out, case.patch, case.base, out=back)
     assert back.read_bytes() == case.original

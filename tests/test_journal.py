@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -38,6 +39,29 @@ def test_what_was_committed_is_replayed_in_order_with_its_counters(tmp_path: Pat
     assert [p.tensors["w"] for p in patches] == [step_patch(n).tensors["w"] for n in range(1, 6)]
     assert (journal.step, journal.drawn, journal.tip) == (5, 160, written.tip)
     assert journal.metrics == written.metrics
+
+
+def test_a_step_names_the_hash_of_the_file_before_it(tmp_path: Path) -> None:
+    """blake2b of 16 bytes, whatever version of this package wrote the journal or goes on with it."""
+    journal, before = make_run(tmp_path / "run", 3), ""
+    for number in (1, 2, 3):
+        data = journal.path(number).read_bytes()
+        assert Patch.decode(data).meta["previous"] == before
+        before = hashlib.blake2b(data, digest_size=16).hexdigest()
+    assert journal.tip == before
+
+
+def test_a_new_run_has_the_files_it_is_given_and_empty_ones_for_its_lines(tmp_path: Path) -> None:
+    Journal.create(tmp_path / "run", RECIPE, force=False, files={"problems.json": b"{}\n", "x": b""})
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()} == {
+        "recipe.toml": RECIPE.to_toml().encode(),
+        "metrics.jsonl": b"",
+        "samples.jsonl": b"",
+        "problems.json": b"{}\n",
+        "x": b"",
+    }
+    assert not any((tmp_path / "run" / "journal").iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_step_in_the_past_can_be_reached(tmp_path: Path) -> None:

@@ -80,6 +80,14 @@ def test_the_next_change_in_place_takes_an_interrupted_one_back_by_itself(case: 
     assert bytes_of(case.base) == bytes_of(case.trained)
 
 
+def test_an_undo_file_that_was_never_finished_is_removed_and_nothing_is_taken_back(case: Case) -> None:
+    old = bytes_of(case.base)
+    unfinished = case.base / f".{undo.UNDO_FILE}.123.partial"
+    unfinished.write_bytes(b"x" * 100)
+    assert not folders.recover(case.base)
+    assert not unfinished.exists() and bytes_of(case.base) == old
+
+
 def test_a_damaged_undo_file_is_refused_and_kept(case: Case) -> None:
     (case.base / undo.UNDO_FILE).write_bytes(b"x" * 100)
     with pytest.raises(InputError, match="is damaged, so the change cannot be taken back"):
