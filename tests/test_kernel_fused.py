@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
+from frugal_rl.generate import graphs
 from frugal_rl.generate.engine import Engine
 from frugal_rl.kernels import choice
 from frugal_rl.rollout import Request
@@ -144,6 +145,7 @@ def test_a_decode_step_is_products_attention_and_these(
     for name in ("_norm", "_rotate", "_gated"):
         monkeypatch.setattr(fused, name, Counting(getattr(fused, name), launched))
     monkeypatch.setenv(choice.CHOICE, "triton")
+    monkeypatch.setenv(graphs.SWITCH, "off")  # a replay launches nothing here
     engine = Engine(decoder, slots=2, stop_ids=frozenset(), prefill_tokens=64)
     list(engine.generate([Request((7, 8, 9), (0,))], max_tokens=3, temperature=0))
     steps = 2  # the first token comes from the prompt
