@@ -124,6 +124,29 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
 # ------------------------------------------------------------------------------------------ laws
 
 
+def test_a_new_folder_is_durable_before_it_has_its_name_and_the_name_before_the_end(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, rename, synced = os.fsync, os.rename, set[int]()
+    out = case.root / "deep" / "out"
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        assert (target, bytes_of(source)) == (out, bytes_of(case.trained))
+        assert {p.stat().st_ino for p in [source, *source.rglob("*")]} <= synced
+        assert out.parent.stat().st_ino not in synced
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", renamed)
+    folders.apply(case.base, case.patch, out)
+    assert out.parent.stat().st_ino in synced
+    assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
 @given(
     st.integers(0, 2**32),
     st.sampled_from([0.0, 0.01, 0.3, 1.0]),

@@ -52,6 +52,13 @@ def awkward_values() -> np.ndarray:
     return np.concatenate([*rows, special]).astype(np.float32)
 
 
+def test_a_bf16_that_is_no_number_keeps_its_sign_and_its_highest_bits_and_stays_none() -> None:
+    """As libggml: the low half is cut off, and the bit that makes it quiet is set."""
+    bits = np.array([0x7FC00000, 0xFF800001, 0x7FA5FFFF, 0xFFFFFFFF], "<u4")
+    encoded = FORMATS["BF16"].encode(bits.view("<f4")[:, None]).view("<u2")
+    assert encoded.reshape(-1).tolist() == [0x7FC0, 0xFFC0, 0x7FE5, 0xFFFF]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_blocks_are_those_of_the_gguf_package(name: str) -> None:
     gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install '.[test]'")

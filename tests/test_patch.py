@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -404,6 +405,22 @@ def test_the_largest_tensor_is_patched_and_a_larger_one_is_refused() -> None:
         assert Patch.decode(patch.encode()) == patch
     with pytest.raises(PatchError, match="changed entries in shape"):
         TensorPatch.from_bits("BF16", (2**48 + 1,), position_N, bits_N, bits_N + np.uint16(1))
+
+
+def test_a_save_is_whole_and_durable_before_it_has_its_name_and_then_the_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen, fsync = tmp_path / "p.safetensors", [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        folder = status.st_ino == tmp_path.stat().st_ino
+        seen.append(("folder" if folder else status.st_size, path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    size = small_patch().save(path)
+    assert seen == [(size, False), ("folder", True)]
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(

@@ -270,6 +270,17 @@ def test_bytes_after_a_whole_frame_are_refused() -> None:
         Patch.decode(replaced_stream(data, "more", zstandard.compress(content[0]) + b"x"))
 
 
+@pytest.mark.parametrize("size", [0, 1001, 2**30, 2**63])
+def test_a_header_that_is_none_or_longer_than_the_file_is_refused_by_its_size(
+    size: int, tmp_path: Path
+) -> None:
+    data = struct.pack("<Q", size) + b"{" * 1000
+    (tmp_path / "p").write_bytes(data)
+    for read in (lambda: Patch.decode(data), lambda: Patch.header(tmp_path / "p")):
+        with pytest.raises(DamagedPatch, match=f"1008 bytes and its header claims {size} of them"):
+            read()
+
+
 def test_a_gap_that_would_wrap_around_is_refused_and_so_is_a_part_of_one() -> None:
     positions = np.array([*range(200), 100_000])
     bits = np.zeros(201, "u2")

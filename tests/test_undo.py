@@ -80,6 +80,36 @@ def test_the_next_change_in_place_takes_an_interrupted_one_back_by_itself(case: 
     assert bytes_of(case.base) == bytes_of(case.trained)
 
 
+def test_each_part_of_a_change_in_place_is_durable_before_the_next_begins(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The undo file and its name; the entries; that the undo file is gone."""
+    folder, real, seen = case.base, os.fsync, []
+    old, new = weights_of(folder), weights_of(case.trained)
+
+    def noted(descriptor: int) -> None:
+        inode, weights = os.fstat(descriptor).st_ino, weights_of(folder)
+        (path,) = (p for p in [folder, *folder.iterdir()] if p.stat().st_ino == inode)
+        state = "old" if weights == old else "new" if weights == new else "between"
+        seen.append((path.name.split(".123")[0], state, (folder / undo.UNDO_FILE).exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "getpid", lambda: 123)
+    monkeypatch.setattr(os, "fsync", noted)
+    folders.apply_in_place(folder, case.patch)
+    files = [(name, "new", True) for name in sorted(new)]
+    assert seen == [
+        (f".{undo.UNDO_FILE}", "old", False),
+        ("base", "old", True),
+        *files,
+        ("base", "new", False),
+    ]
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+
+
 def test_an_undo_file_that_was_never_finished_is_removed_and_nothing_is_taken_back(case: Case) -> None:
     old = bytes_of(case.base)
     unfinished = case.base / f".{undo.UNDO_FILE}.123.partial"
