@@ -101,6 +101,10 @@ def attention(
             return out[:, None], None
     group = query.shape[1] // key.shape[1]
     if slot_mask is None:
+        if (
+            query.is_cuda and query.dtype == torch.float32
+        ):  # no flash: heads that share would get [T, T] scores
+            key, value, group = _repeated(key, group), _repeated(value, group), 1
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=group > 1
         )
@@ -112,7 +116,7 @@ def attention(
         )
         return out.transpose(1, 2), None
     if query.is_cuda and query.shape[2] == key.shape[2] > 1:  # learning: a mask for each of a group is larger
-        key, value = (x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (key, value))
+        key, value = _repeated(key, group), _repeated(value, group)
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=slot_mask, scale=scaling
         )
@@ -123,6 +127,11 @@ def attention(
         slot_mask = slot_mask.repeat(1, 1, group, 1)
     out = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=slot_mask, scale=scaling)
     return out.reshape(query.shape).transpose(1, 2), None
+
+
+def _repeated(x: Tensor, group: int) -> Tensor:
+    """[B, K, C, D] for each query head: [B, K group, C, D]."""
+    return x.unsqueeze(2).expand(-1, -1, group, -1, -1).flatten(1, 2)
 
 
 def _flash_fits(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -94,12 +94,14 @@ def test_logits_on_a_gpu_are_never_in_bf16() -> None:
     assert [op for op in noted.ops if "mm" in op] == ["aten.mm.dtype"]
 
 
-def attended(query: Tensor, key: Tensor, mask: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def attended(
+    query: Tensor, key: Tensor, mask: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> list[list[int]]:
     """Shapes of what PyTorch's attention is called with."""
     seen: list[list[int]] = []
 
-    def note(*tensors: Tensor, attn_mask: Tensor, **_: object) -> Tensor:
-        seen.extend(list(t.shape) for t in (*tensors, attn_mask))
+    def note(*tensors: Tensor, attn_mask: Tensor | None = None, **_: object) -> Tensor:
+        seen.extend(list(t.shape) for t in (*tensors, attn_mask) if t is not None)
         return tensors[0]
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
@@ -120,6 +122,17 @@ def test_on_a_gpu_a_learners_mask_is_not_repeated_for_the_heads_that_share_keys(
         query, mask = on_a_gpu(3, 14, 8, 16), on_a_gpu(3, 1, 8, 40, dtype=torch.bool)
         queries, *keys, seen = attended(query, key, mask, monkeypatch)
         assert (queries, keys, seen) == ([3, 2, 56, 16], [[3, 2, 40, 16]] * 2, [3, 1, 56, 40])
+
+
+@pytest.mark.parametrize(("dtype", "heads"), [(torch.float32, 14), (torch.bfloat16, 2)])
+def test_on_a_gpu_keys_are_shared_where_flash_attention_is_to_be_had(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, heads: int
+) -> None:
+    """In float32 there is none, and what else shares keys holds a score for each pair of tokens."""
+    with FakeTensorMode():
+        query, key = on_a_gpu(3, 14, 40, 16, dtype=dtype), on_a_gpu(3, 2, 40, 16, dtype=dtype)
+        seen = attended(query, key, None, monkeypatch)
+    assert seen == [[3, 14, 40, 16], [3, heads, 40, 16], [3, heads, 40, 16]]
 
 
 def test_a_plan_leaves_some_of_a_gpus_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
