@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -409,6 +410,30 @@ def test_with_a_budget_of_all_tokens_nothing_is_evicted(method: Any, temperature
         assert one.response_ids.tolist() == other.response_ids.tolist()
         np.testing.assert_allclose(one.logprob_T, other.logprob_T, atol=1e-6)
     assert engine.stats.evictions == 0
+
+
+def test_a_sequence_is_remembered_apart_from_the_one_that_had_its_slot_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, decoder = make_decoder("qwen2")
+    seen: list[torch.Tensor] = []
+    method = module.METHODS["h2o"]
+
+    def noted(held: Any) -> torch.Tensor:
+        seen.append(held.attention_SKC.clone())
+        return method.score(held)
+
+    monkeypatch.setitem(module.METHODS, "h2o", replace(method, score=noted))
+    requests = make_requests([30, 14])  # the longest is first
+    runs = []
+    for some in (requests, requests[1:]):
+        seen.clear()
+        run(Engine(decoder, 1, STOPS, 1000, eviction=Eviction("h2o", 12, 6)), some)
+        runs.append(list(seen))
+    both, alone = runs
+    assert len(both) > len(alone) > 0
+    for one, other in zip(both[-len(alone) :], alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # float32
 
 
 def test_positions_stay_true_after_eviction() -> None:

@@ -59,6 +59,16 @@ def test_a_bf16_that_is_no_number_keeps_its_sign_and_its_highest_bits_and_stays_
     assert encoded.reshape(-1).tolist() == [0x7FC0, 0xFFC0, 0x7FE5, 0xFFFF]
 
 
+def test_a_bf16_is_the_nearest_and_of_two_the_even_one() -> None:
+    low = np.array([0x0000, 0x7FFF, 0x8000, 0x8001, 0xFFFF], "<u4")
+    bits = np.concatenate([0x3F800000 + low, 0xBF810000 + low, [0x7F7F8000]]).astype("<u4")
+    encoded = FORMATS["BF16"].encode(bits.view("<f4")[:, None]).view("<u2").reshape(-1)
+    even, odd = [0x3F80, 0x3F80, 0x3F80, 0x3F81, 0x3F81], [0xBF81, 0xBF81, 0xBF82, 0xBF82, 0xBF82]
+    assert encoded.tolist() == [*even, *odd, 0x7F80]
+    rounded = torch.from_numpy(bits.view("<f4")).bfloat16().view(torch.int16).numpy().view("<u2")
+    assert (encoded == rounded).all()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_blocks_are_those_of_the_gguf_package(name: str) -> None:
     gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install '.[test]'")

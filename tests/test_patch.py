@@ -419,8 +419,11 @@ def test_a_save_is_whole_and_durable_before_it_has_its_name_and_then_the_name_is
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
+    os.close(free := os.dup(0))  # the lowest descriptor that nobody has
     size = small_patch().save(path)
     assert seen == [(size, False), ("folder", True)]
+    os.close(still := os.dup(0))
+    assert still == free
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(

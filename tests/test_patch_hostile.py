@@ -298,6 +298,15 @@ def test_a_gap_that_would_wrap_around_is_refused_and_so_is_a_part_of_one() -> No
             Patch.decode(forged(patch, change_streams=lambda s, cut=cut: s.update({"gaps.big": cut})))
 
 
+def test_a_position_just_beyond_the_tensor_is_refused() -> None:
+    bits = np.zeros(3, "u2")
+    tensor = TensorPatch.from_bits("BF16", (100,), np.array([5, 40, 80]), bits, bits + np.uint16(1))
+    patch = Patch({"a": tensor}, BaseInfo("x", {}))
+    assert len(Patch.decode(forged(patch, change_metadata=row(1, [81]))).tensors["a"]) == 3
+    with pytest.raises(DamagedPatch, match="a position of a is beyond its 80 entries"):
+        Patch.decode(forged(patch, change_metadata=row(1, [80])))
+
+
 def test_lying_sizes_allocate_next_to_nothing() -> None:
     lies = [
         forged(

@@ -303,6 +303,25 @@ def test_memory_that_runs_out_in_the_preflight_halves_the_micro_batch_and_is_tol
     assert ["micro-batches of 344 tokens" in said[0], "micro-batches of 172 tokens" in said[1]] == [True] * 2
 
 
+@pytest.mark.parametrize(
+    "error,result,attempts,micro_tokens",
+    [(torch.OutOfMemoryError, FrugalError, 4, 12), (RuntimeError, RuntimeError, 1, 100)],
+)
+def test_memory_is_tried_three_halves_long_and_any_other_error_comes_out_at_once(
+    error: type[Exception], result: type[Exception], attempts: int, micro_tokens: int
+) -> None:
+    _, learner = make_learner()
+    tried, said = [], list[str]()
+
+    def work() -> None:
+        tried.append(learner.micro_tokens)
+        raise error("made here")
+
+    with pytest.raises(result, match="made here"):
+        update.within_memory(learner, said.append, work)
+    assert (len(tried), len(said), learner.micro_tokens) == (attempts, attempts - 1, micro_tokens)
+
+
 def test_a_run_begins_with_one_preflight_of_its_longest_lengths_and_ends_in_the_same_patch_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
