@@ -456,6 +456,18 @@ def test_a_response_ends_in_the_token_that_completes_a_stop_string(
     assert shortened >= 3
 
 
+def test_little_is_decoded_beyond_a_stop_string() -> None:
+    """Nothing, but a step for one that the first token completes, which comes from the prompt."""
+    _, decoder = make_decoder("qwen2")
+    ends = set()
+    for request in make_requests(9, 2):
+        engine = Engine(decoder, 1, STOPS, 100, stop_text=StopText(("da", "bb"), letters))
+        length = len(run(engine, [request], 1.0)[0].response_ids)
+        assert engine.stats.decode_steps == max(1, length - 1)
+        ends.add(length)
+    assert min(ends) < max(ends) == MAX_TOKENS
+
+
 def test_a_stop_string_is_found_across_looks_and_only_the_first_one_counts() -> None:
     stop = StopText(("abc",), lambda ids: "".join(map(chr, ids)))
     ids = [ord(c) for c in "xabxabcabc"]

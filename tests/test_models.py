@@ -1,4 +1,4 @@
-"""models.py and the prompts' other end: which tokens end a response, and that nothing is told by a pad id."""
+"""models.py and what it stands for: which tokens end a response, and whose weights a checkpoint has."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from frugal_rl.decoder import Decoder, parameter_names
 from frugal_rl.errors import InputError
 from frugal_rl.models import ModelFiles, stop_ids
 from frugal_rl.policy import Policy
 from frugal_rl.rollout import Rollout, micro_batches
+from frugal_rl.weights import Weights
+
+from .conftest import make_config, make_model, weights_of
 
 
 @pytest.mark.parametrize(
@@ -65,3 +71,27 @@ def test_a_verifier_sees_the_response_without_the_token_that_ends_it() -> None:
     assert policy.text([0, 2, 1, 3]) == "a.b"  # only the last one ended it
     assert policy.text([0, 1]) == "ab"  # truncated
     assert policy.text([]) == ""
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_weights_that_are_not_those_of_the_config_are_refused_by_name(change: str) -> None:
+    config = make_config("qwen2", layers=1)
+    tensors = dict(weights_of(make_model(config)).tensors)
+    name = "model.layers.0.mlp.up_proj.weight" if change == "missing" else "model.layers.0.mlp.spare.weight"
+    if change == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = torch.zeros(2, 2)
+    with pytest.raises(InputError, match=rf"does not match its config \(qwen2\).*{change} \['{name}'\]"):
+        Decoder(config, Weights(tensors))
+
+
+def test_a_tied_heads_copy_in_the_checkpoint_is_left_there(tmp_path: Path) -> None:
+    config = make_config("qwen2", layers=1, tied=True)
+    tensors = dict(weights_of(make_model(config)).tensors)
+    spare = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": spare}, tmp_path / "model.safetensors")
+    names = parameter_names(config)
+    weights = Weights.from_checkpoint(tmp_path, torch.device("cpu"), name="m", names=names)
+    assert set(weights.held) == names == set(tensors)
+    assert Decoder(config, weights).tied
