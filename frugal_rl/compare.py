@@ -330,8 +330,7 @@ def _arm(study: Study, arm: Arm, failed: Mapping[str, str]) -> dict[str, Any]:
     trained = np.array([run["correct"] for run in seen])
     applied = np.array([run["correct_applied"] for run in seen])
     rates = study.grids[arm.name]
-    by_seed = {key: parts[key] for key in _SPANNED if key in parts}
-    by_seed |= {key: [run[key] for run in seen] for key in _MEASURED}
+    by_seed = parts | {key: [run[key] for run in seen] for key in _MEASURED}
     found = {
         "kind": arm.kind,
         "weights": arm.weights,
@@ -343,7 +342,6 @@ def _arm(study: Study, arm: Arm, failed: Mapping[str, str]) -> dict[str, Any]:
         "applied": asdict(accuracy(applied)),
         "applied_less_trained": asdict(difference(applied, trained).interval),
         "parameters": summaries[0]["parameters"],
-        **{key: sum(values) / len(values) for key, values in parts.items()},
         **{key: sum(values) / len(values) for key, values in by_seed.items()},
         "span": {key: [min(values), max(values)] for key, values in by_seed.items()},
         "gradient_bytes": summaries[0]["plan"]["learning"].get("gradients", 0),
@@ -379,7 +377,6 @@ _SUMMED = (
     "optimizer_bytes",
     "peak_memory_bytes",
 )
-_SPANNED = ("changed_any", "changed_1e5", "patch_bytes", "train_seconds", "peak_memory_bytes")
 _MEASURED = ("mean_reward", "tokens_per_s", *(f"{phase}_seconds" for phase in PHASES))
 
 
