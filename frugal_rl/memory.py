@@ -56,7 +56,7 @@ MOST_MICRO_TOKENS = {"device": 8192, "host": 1024}
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder, as its config.json gives them."""
+    """Sizes of a decoder, as its config.json gives them. `head_norms`: queries and keys are normed."""
 
     layers: int
     hidden: int
@@ -66,6 +66,7 @@ class Shape:
     head_size: int
     vocabulary: int
     tied: bool
+    head_norms: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Shape:
@@ -79,6 +80,7 @@ class Shape:
             head_size=config.get("head_dim") or config["hidden_size"] // heads,
             vocabulary=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings")),
+            head_norms=config.get("model_type") == "qwen3",
         )
 
     @property
@@ -314,9 +316,10 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     if work.gguf is not None:
         slots = min(slots, LLAMA_SLOTS)
     most = MOST_MICRO_TOKENS["device" if work.has_host else "host"]
-    # a row of several responses has a mask over all its pairs, as numbers beside as bits
-    mask = min(SHARED_TOKENS, most, work.sequences * work.longest) * (1 + compute)
-    learned_token = token * together + mask + TRAVELLING * way.on_host * shape.hidden * compute
+    # a row of several responses has a mask over all its pairs, as bits, and in each layer as numbers
+    mask = min(SHARED_TOKENS, most, work.sequences * work.longest) * (1 + compute * together)
+    graph = _graph_bytes(shape, compute, together) if work.has_host else token * together
+    learned_token = graph + mask + TRAVELLING * way.on_host * shape.hidden * compute
     fitting = (budget_bytes - fixed - gradients - way.device_bytes) // learned_token
     micro = max(work.longest, min(fitting, most, work.sequences * work.longest))
     if work.eviction:
@@ -475,6 +478,23 @@ def _activation_bytes(shape: Shape, compute_bytes: int) -> int:
     attention = (4 * shape.heads + 3 * shape.kv_heads) * shape.head_size
     norms = 0 if compute_bytes >= FLOAT32_BYTES else 4 * shape.hidden * FLOAT32_BYTES
     return (5 * shape.hidden + attention + 6 * shape.intermediate) * compute_bytes + norms
+
+
+def _graph_bytes(shape: Shape, compute_bytes: int, together: int) -> int:
+    """On a GPU: what autograd keeps for one token of so many layers, and the gradients at the widest place.
+
+    A layer keeps: of each norm its input in float32, and the normed state before and after its weight; of
+    attention queries, output, and keys and values for every head (under a mask; flash attention keeps fewer);
+    of the MLP both projections, the gate and their product. Beside the last layer's: its output, and two
+    gradients of the width of the MLP. Counted with tools/count_memory.py: what it keeps to a byte but for the
+    roots of the norms and attention's sums, 4 bytes a head.
+    """
+    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    norms = 2 * shape.hidden * (2 * compute_bytes + FLOAT32_BYTES)
+    if shape.head_norms:
+        norms += (queries + keys) * (compute_bytes + FLOAT32_BYTES)
+    layer = norms + (4 * queries + 4 * shape.intermediate) * compute_bytes
+    return together * layer + (shape.hidden + 2 * shape.intermediate) * compute_bytes
 
 
 def table(plans: Mapping[str, Plan]) -> str:

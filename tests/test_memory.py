@@ -148,8 +148,11 @@ def test_layers_that_go_backward_together_are_counted_each() -> None:
     layer = Shape.from_config(QWEN_05B).layer_parameters * 4
     assert two.learning["layer copies"] - one.learning["layer copies"] == layer
     assert two.learning["gradient scratch"] - one.learning["gradient scratch"] == layer
-    mask = 1024 * (1 + 4)  # of a row as wide as the micro-batch: there once
-    per_token = [p.learning["micro-batch"] / p.micro_tokens - mask for p in (two, one)]
+    # of a row as wide as the micro-batch: as bits once, as numbers in each
+    masks = [1024 * (1 + 4 * p.layers_together) for p in (two, one)]
+    per_token = [
+        p.learning["micro-batch"] / p.micro_tokens - m for p, m in zip((two, one), masks, strict=True)
+    ]
     assert per_token[0] == 2 * per_token[1]
     assert two.generating["layer copies"] == two.learning["layer copies"]  # they share their scratch
 
