@@ -410,7 +410,7 @@ class Decoder:
     ) -> Tensor:
         """dL/dnormed [N, D]; calls `take(first_row, gradient_RD)`, if given, with dL/dW, block by block.
 
-        `normaliser_N` is log_probs' and `gradient_N` is dL/dlogprob.
+        `normed_ND` is used up: below float32 the result is in its memory. `normaliser_N` is log_probs' and `gradient_N` is dL/dlogprob.
         """
         out_ND = torch.zeros_like(normed_ND, dtype=torch.float32)
         for start, stop in self.head_blocks():
@@ -422,15 +422,16 @@ class Decoder:
                 logit_NR.sub_(normaliser_N[part][:, None]).exp_()
                 slope_NR = logit_NR.mul_(-gradient_N[part][:, None])
                 local_N = target_N[part] - start
-                row_M = torch.nonzero((local_N >= 0) & (local_N < stop - start)).view(-1)
-                slope_NR[row_M, local_N[row_M]] += gradient_N[part][row_M]
+                inside_N = (local_N >= 0) & (local_N < stop - start)
+                column_N1 = local_N.clamp(0, stop - start - 1)[:, None]  # one a row: in no order, no sync
+                slope_NR.scatter_add_(1, column_N1, torch.where(inside_N, gradient_N[part], 0.0)[:, None])
                 slope_NR = slope_NR.div_(temperature).to(self.dtype)
                 add_product_(out_ND[part], slope_NR, weight_RD)
                 if learns:
                     add_product_(block_RD, slope_NR.T, normed_ND[part])
             if take is not None:
                 take(start, block_RD)
-        return out_ND.to(normed_ND.dtype)
+        return out_ND if out_ND.dtype == normed_ND.dtype else normed_ND.copy_(out_ND)
 
     def _token_chunks(self, count: int, rows: int) -> Iterator[slice]:
         step = max(1, HEAD_BLOCK_BYTES // (rows * 4))

@@ -296,7 +296,7 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
     logit = min(HEAD_BLOCK_BYTES // compute, responses * shape.vocabulary)
     learned = 0 if work.frozen else FLOAT32_BYTES * rows + PROPOSED_BYTES * min(rows, PROPOSED) * plain
     block = compute * rows + FLOAT32_BYTES * logit + learned
-    head = responses * shape.hidden * (2 * compute + FLOAT32_BYTES) + block
+    head = responses * shape.hidden * (compute + FLOAT32_BYTES) + block
     # the sums of a run's layers (of all, where an optimizer wants them), and the matrix that is being added:
     # below float32, products go into the sums as they are
     added = shape.hidden * shape.intermediate * (compute >= FLOAT32_BYTES)

@@ -773,6 +773,7 @@ def _on_stream(stream: Stream) -> Iterator[None]:
 def _of_torch(device: Emulator) -> Iterator[tuple[Any, str, Any]]:
     """What stands in the place of PyTorch's functions."""
     from frugal_rl import decoder
+    from frugal_rl.kernels import attention, matmul
 
     properties = SimpleNamespace(
         name="emulated", total_memory=device.total, multi_processor_count=16, major=8, minor=9
@@ -819,6 +820,9 @@ def _of_torch(device: Emulator) -> Iterator[tuple[Any, str, Any]]:
     for name, value in values.items():
         yield torch.cuda, name, value
     yield torch._C, "_host_emptyCache", lambda: None
+    if not device.has_numbers:  # kernels are not run: those for bf16 are in their places
+        yield attention, "interpreted", lambda: False
+        yield matmul, "interpreted", lambda: False
     make_bias = decoder.causal_lower_right
 
     def bias(*sizes: int) -> Any:

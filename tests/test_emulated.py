@@ -197,20 +197,26 @@ def test_a_run_trains(device: Emulator, tmp_path: Path, changes: list[str]) -> N
     assert patches[0] == patches[-1]
 
 
-def test_kernels_are_given_what_is_on_the_device(device: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FRUGAL_RL_KERNELS", "triton")
+def test_kernels_draw_the_tokens_of_plain_pytorch_and_are_captured(
+    device: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a patch, in the interpreter's float32; what they are given is on the device."""
     model, _ = make_decoder("qwen2", dtype=torch.bfloat16, layers=1)
     tensors = {name: tensor.cuda() for name, tensor in weights_of(model).tensors.items()}
     matrices = {name: Quantised.of(tensor) for name, tensor in tensors.items() if tensor.ndim == 2}
-    decoder = Decoder(model.config, Weights(tensors | matrices))
-    engine = Engine(decoder, 2, frozenset({5}), 30)
-    requests = [Request((8, 9, 10 + i), (0, i)) for i in range(2)]
-    sampled = dict(engine.generate(requests, max_tokens=3, temperature=1.0))
-    assert engine.stats.graphs
-    loss = test_learn.policy_gradient(torch.linspace(-1, 1, 2, device="cuda"))
+    decoder = Decoder(model.config, Weights(tensors | matrices, compute_dtype=torch.float32))
     learner = Learner(decoder, 0.1, 1.0, 1.0, 100)
-    assert learner.step([sampled[i] for i in range(2)], loss).commit.entries
-    assert dict(engine.generate(requests[:1], max_tokens=2, temperature=1.0))  # with a patch
+    learner.step(make_rollouts(2), test_learn.policy_gradient(torch.linspace(-1, 1, 2, device="cuda")))
+    requests, drawn = [Request((8, 9, 10 + i), (0, i)) for i in range(2)], []
+    for choice in ("plain", "triton"):
+        monkeypatch.setenv("FRUGAL_RL_KERNELS", choice)
+        engine = Engine(decoder, 2, frozenset({5}), 30)
+        with decoder.sampling():
+            assert bool(decoder._matrices) == (choice == "triton")
+        sampled = dict(engine.generate(requests, max_tokens=4, temperature=1.0))
+        assert engine.stats.graphs
+        drawn.append([sampled[i].response_ids.tolist() for i in range(2)])
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize(
