@@ -600,6 +600,9 @@ class Calls(TorchFunctionMode):
         device, dtype, later, _ = torch._C._nn._parse_to(*rest, **kwargs)
         return NotImplemented if device is None else self._moved(tensor, device, dtype, later, copy)
 
+    def _do__parse_to(self, args: Any, kwargs: Any) -> Any:
+        return torch._C._nn._parse_to(*args, **kwargs)  # of a module's `to`: no tensor yet
+
     def _do_cuda(self, args: Any, kwargs: Any) -> Any:
         return self._moved(args[0], CUDA, None, bool(kwargs.get("non_blocking")), False)
 
