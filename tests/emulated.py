@@ -795,6 +795,7 @@ def _of_torch(device: Emulator) -> Iterator[tuple[Any, str, Any]]:
         "_lazy_init": lambda: None,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "set_device": lambda _: None,
         "get_device_name": lambda *_: "emulated",
         "get_device_capability": lambda *_: (8, 9),
         "get_device_properties": lambda *_: properties,

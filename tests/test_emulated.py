@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import inspect
 import json
@@ -28,6 +29,7 @@ from frugal_rl.memory import Shape, _graph_bytes
 from frugal_rl.models import find_model, load_tokenizer
 from frugal_rl.policy import load_policy
 from frugal_rl.rollout import SHARED_TOKENS, Request, Rollout
+from frugal_rl.shapes import KNOWN
 from frugal_rl.shortage import Surviving
 from frugal_rl.storage import Quantised
 from frugal_rl.update import within_memory
@@ -431,3 +433,32 @@ def test_the_plan_is_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     row = count_memory.run_one(options)
     for phase, ratio in row["plan_over_count"].items():
         assert 0.97 < ratio < 1.15, (phase, row)
+
+
+# --- scripts
+
+
+def test_attention_is_timed_beside_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA's kernels return lies otherwise in memory than what a CPU's do."""
+    monkeypatch.setenv("FRUGAL_RL_KERNELS", "triton")  # as the script sets it, for itself
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import bench_kernels
+
+    options = argparse.Namespace(torch_device=GPU, compute=torch.bfloat16)
+    with emulated(numbers=False):
+        rows = bench_kernels.attentions(KNOWN["Qwen2.5-0.5B"], [2], options, 1.0)
+    assert [row["ragged"] for row in rows] == [False, True]
+
+
+@pytest.mark.parametrize("form", ["int8", "bf16"])
+def test_a_learners_step_is_timed(device: Emulator, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import bench_learn
+
+    options = argparse.Namespace(
+        runs=f"small:{form}", device="cuda", cap="1GiB", sequences=4, tokens=32, peer_sequences=2
+    )
+    row = bench_learn.run_one(options)
+    assert row["repeats"] and row["device"] == "emulated"
+    assert 0 < row["peak_bytes"] == row["reserved_bytes"] <= device.limit == 1 << 30
+    assert set(row["phase_peak_bytes"]) == {phase.strip("_") for phase in bench_learn.PHASES}

@@ -244,7 +244,7 @@ def attentions(
         row: dict[str, Any] = {"kind": "attention", "slots": slots, "entries": entries, "ragged": ragged}
         row["seconds"] = seconds([partial(kernel, cache) for cache in caches], device)
         row["sdpa_seconds"] = seconds([partial(plain, cache) for cache in caches], device)
-        row["error"] = error(kernel(caches[0]), plain(caches[0]).view(query.shape))
+        row["error"] = error(kernel(caches[0]), plain(caches[0]).reshape(query.shape))
         row |= {"gib_per_s": must / row["seconds"] / GIB, "of_ceiling": must / row["seconds"] / top}
         show(row)
         found.append(row)
