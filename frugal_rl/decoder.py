@@ -410,7 +410,8 @@ class Decoder:
     ) -> Tensor:
         """dL/dnormed [N, D]; calls `take(first_row, gradient_RD)`, if given, with dL/dW, block by block.
 
-        `normed_ND` is used up: below float32 the result is in its memory. `normaliser_N` is log_probs' and `gradient_N` is dL/dlogprob.
+        `normed_ND` is used up: below float32 the result is in its memory. `normaliser_N` is log_probs' and
+        `gradient_N` is dL/dlogprob.
         """
         out_ND = torch.zeros_like(normed_ND, dtype=torch.float32)
         for start, stop in self.head_blocks():
