@@ -66,7 +66,8 @@ def check(monkeypatch: pytest.MonkeyPatch, decoder: Decoder, *, temperature: flo
 )
 def test_sampling_through_the_kernels_gives_the_same_tokens(monkeypatch, kind, tied, temperature):
     """Greedy, and at the requests' own uniform numbers; with a patch over every matrix."""
-    check(monkeypatch, make_decoder(kind, tied=tied, changed=0.01, layers=2), temperature=temperature)
+    layers = 2 if kind == "qwen2" else 1  # the interpreter is slow
+    check(monkeypatch, make_decoder(kind, tied=tied, changed=0.01, layers=layers), temperature=temperature)
 
 
 @pytest.mark.parametrize("method", ["rkv", "h2o"])

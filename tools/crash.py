@@ -4,7 +4,7 @@
 
 A kill (SIGKILL) comes at a random time after the process starts or after one of its steps ends, so that
 loading, generating, learning, writing the journal and evaluating are all hit. The last patch must be
-byte-identical. Its form of 8 kills is in the test suite.
+byte-identical. Its form of 5 kills is in the test suite.
 
 Run once with --kills 200 (commit 8b481a0, 2 cores, about 95 minutes on a busy machine): 20 trials of 10
 kills, 30 runs killed and finished, each patch identical to that of its trial's unbroken run.
