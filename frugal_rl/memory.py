@@ -290,13 +290,15 @@ def _divide(shape: Shape, work: Work, budget_bytes: int, way: _Way) -> Plan:
         else 0,
     }
     # in turns: the head, and a run of layers after the other
-    # the states that predict a response token, normed, and their gradient
+    # the states that predict a response token, normed, and their gradient, which below float32 takes their
+    # place; once more on a CPU, where that agrees with the resident memory that was measured
     # a block of rows, their gradient, and what of it is proposed
     rows = min(HEAD_BLOCK_BYTES // compute, shape.vocabulary * shape.hidden)  # entries of them
     logit = min(HEAD_BLOCK_BYTES // compute, responses * shape.vocabulary)
     learned = 0 if work.frozen else FLOAT32_BYTES * rows + PROPOSED_BYTES * min(rows, PROPOSED) * plain
     block = compute * rows + FLOAT32_BYTES * logit + learned
-    head = responses * shape.hidden * (compute + FLOAT32_BYTES) + block
+    state = compute + FLOAT32_BYTES + compute * (not work.has_host)
+    head = responses * shape.hidden * state + block
     # the sums of a run's layers (of all, where an optimizer wants them), and the matrix that is being added:
     # below float32, products go into the sums as they are
     added = shape.hidden * shape.intermediate * (compute >= FLOAT32_BYTES)
