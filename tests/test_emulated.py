@@ -181,7 +181,7 @@ def test_a_run_trains(device: Emulator, tmp_path: Path, changes: list[str]) -> N
     sizes = {"train.steps": 2, "data.heldout": 4, "rollout.prompts": 4, "rollout.samples": 4}
     options = [f"{key}={value}" for key, value in sizes.items()] + ["rollout.max_tokens=32", *changes]
     patches = []
-    for name in ("one",) if changes else ("one", "two"):
+    for name in ("one",) if changes else ("one", "two"):  # the repetition costs as much again
         words = [
             "train",
             *(word for option in options for word in ("--set", option)),
@@ -291,24 +291,15 @@ def sample() -> None:
 
 
 RUNS = (learn_with_states_on_the_host, learn_with_streamed_weights, sample)
+CURRENT = "self.cuda.current_stream(self.device)"
 KEPT: list[tuple[Any, str, str, Callable[[], None]]] = [
-    (transit.Transit, "_wait", "self.cuda.current_stream(self.device).wait_event(done)", RUNS[0]),
-    (transit.Transit, "_copied", "self._side.wait_stream(self.cuda.current_stream(self.device))", RUNS[0]),
-    (
-        stream._Buffer,
-        "release_by_compute",
-        "self.free.record(self.cuda.current_stream(self.device))",
-        RUNS[1],
-    ),
+    (transit.Transit, "_wait", f"{CURRENT}.wait_event(done)", RUNS[0]),
+    (transit.Transit, "_copied", f"self._side.wait_stream({CURRENT})", RUNS[0]),
+    (stream._Buffer, "release_by_compute", f"self.free.record({CURRENT})", RUNS[1]),
     (stream._Buffer, "fill", "self.arrived.synchronize()", RUNS[1]),
     (stream._Buffer, "fill", "self.side.wait_event(self.free)", RUNS[1]),
     (stream._Buffer, "fill", "self.arrived.record(self.side)", RUNS[1]),
-    (
-        stream._Buffer,
-        "wait_arrived",
-        "self.cuda.current_stream(self.device).wait_event(self.arrived)",
-        RUNS[1],
-    ),
+    (stream._Buffer, "wait_arrived", f"{CURRENT}.wait_event(self.arrived)", RUNS[1]),
     (transfer.Arriving, "wait", "self._event.synchronize()", RUNS[2]),
     (graphs.CudaGraphs, "run", "self._stream.wait_stream(current)", RUNS[2]),
     (graphs.CudaGraphs, "run", "current.wait_stream(self._stream)", RUNS[2]),
